@@ -1,0 +1,11 @@
+"""Train from a file, as torchrun and accelerate need it: ``python scripts/train.py CONFIG ...``.
+
+The same as ``stance train CONFIG ...``.
+"""
+
+import sys
+
+from stance.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,163 @@
+"""Arrays in, plain numbers out: the scores of a task, through scikit-learn and as ``evaluate`` metrics.
+
+Label ids are positions in a task's labels; rows without a label (``NOT_ANNOTATED``) do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stance.labels import (
+    CONFLICT,
+    DIALOGUE,
+    NOT_ANNOTATED,
+    STANCE_TASK,
+    STANCES,
+    Task,
+    derives_stance,
+    overall_stance,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    IntArray = NDArray[np.int64]
+
+__all__ = ["evaluate_metric", "f_avg", "mean_macro_f1", "scores", "scores_of_all", "stance_ids"]
+
+
+def scores(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of one task.
+
+    Macro-F1 is the mean over the labels that occur in ``y_true`` or ``y_pred``; a label that is
+    never predicted has precision and F1 of 0. ``f_avg`` is given where the labels have favor and
+    against.
+
+    Args:
+        y_true: label ids of shape [rows]; ``NOT_ANNOTATED`` rows are left out.
+        y_pred: label ids of shape [rows].
+        labels: the task's labels in order.
+
+    Returns:
+        ``{"n", "accuracy", "macro_f1", "mcc", "f_avg"?, "per_class": {label: {"precision",
+        "recall", "f1", "support"}}, "confusion": [[...]]}``, the confusion matrix with true labels
+        as rows; with no row left every figure is None.
+    """
+    from sklearn.metrics import (
+        accuracy_score,
+        confusion_matrix,
+        matthews_corrcoef,
+        precision_recall_fscore_support,
+    )
+
+    true, pred = np.asarray(y_true, dtype=np.int64), np.asarray(y_pred, dtype=np.int64)
+    if true.shape != pred.shape or true.ndim != 1:
+        raise ValueError(f"y_true and y_pred must be of one shape [rows]; got {true.shape}, {pred.shape}")
+    kept = true != NOT_ANNOTATED
+    true, pred = true[kept], pred[kept]
+    if not len(true):
+        empty = {"n": 0, "accuracy": None, "macro_f1": None, "mcc": None}
+        return empty | {"per_class": {}, "confusion": [[0] * len(labels) for _ in labels]}
+    ids = np.arange(len(labels))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        true, pred, labels=ids, zero_division=0.0
+    )
+    seen = np.isin(ids, np.concatenate([true, pred]))
+    result: dict[str, Any] = {
+        "n": len(true),
+        "accuracy": float(accuracy_score(true, pred)),
+        "macro_f1": float(f1[seen].mean()),
+        "mcc": float(matthews_corrcoef(true, pred)),
+    }
+    if {"favor", "against"} <= set(labels):
+        result["f_avg"] = f_avg(true, pred, labels)
+    result["per_class"] = {
+        label: {
+            "precision": float(precision[i]),
+            "recall": float(recall[i]),
+            "f1": float(f1[i]),
+            "support": int(support[i]),
+        }
+        for i, label in enumerate(labels)
+    }
+    result["confusion"] = confusion_matrix(true, pred, labels=ids).tolist()
+    return result
+
+
+def f_avg(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> float:
+    """Return the mean of the F1 of favor and of against.
+
+    The measure of SemEval-2016 Task 6 (Mohammad et al. 2016): ``none`` is no class of interest, yet
+    confusing it with the others costs both.
+    """
+    from sklearn.metrics import f1_score
+
+    ids = [list(labels).index("favor"), list(labels).index("against")]
+    return float(f1_score(y_true, y_pred, labels=ids, average="macro", zero_division=0.0))
+
+
+def stance_ids(ids: IntArray, tasks: Sequence[Task]) -> IntArray:
+    """Return ids in ``STANCES`` from label ids of shape [rows, tasks]; shape [rows]."""
+    order = list(tasks)
+    dialogue, conflict = ids[:, order.index(DIALOGUE)], ids[:, order.index(CONFLICT)]
+    result = np.full(len(ids), NOT_ANNOTATED, dtype=np.int64)
+    for d, d_label in enumerate(DIALOGUE.labels):
+        for c, c_label in enumerate(CONFLICT.labels):
+            result[(dialogue == d) & (conflict == c)] = STANCES.index(overall_stance(d_label, c_label))
+    return result
+
+
+def scores_of_all(y_true: IntArray, y_pred: IntArray, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return :func:`scores` of every task and, where it follows, of the overall stance.
+
+    Args:
+        y_true: label ids of shape [rows, tasks].
+        y_pred: label ids of shape [rows, tasks].
+    """
+    result = {task.name: scores(y_true[:, i], y_pred[:, i], task.labels) for i, task in enumerate(tasks)}
+    if derives_stance(tasks):
+        result[STANCE_TASK.name] = scores(
+            stance_ids(y_true, tasks), stance_ids(y_pred, tasks), STANCE_TASK.labels
+        )
+    return result
+
+
+def mean_macro_f1(result: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """Return the mean macro-F1 over the tasks that have annotated rows; 0 if none has."""
+    values = [result[t.name]["macro_f1"] for t in tasks if result[t.name]["macro_f1"] is not None]
+    return float(np.mean(values)) if values else 0.0
+
+
+def evaluate_metric(task: Task) -> Any:
+    """Return the task's scores as an ``evaluate.Metric``, with no network needed.
+
+    The metric takes ``predictions`` and ``references`` of label ids and gives flat figures
+    (``macro_f1``, ``accuracy``, ``mcc``, ``f_avg``, ``f1_<label>``), so that it composes with
+    ``evaluate.combine`` and ``evaluate.evaluator``.
+    """
+    import datasets
+
+    import evaluate
+
+    class StanceMetric(evaluate.Metric):
+        def _info(self) -> Any:
+            return evaluate.MetricInfo(
+                description=f"Scores of the task {task.name!r}: {', '.join(task.labels)}",
+                citation="",
+                inputs_description="predictions, references: label ids",
+                features=datasets.Features(
+                    {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+                ),
+            )
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            result = scores(references, predictions, task.labels)
+            flat = {k: result[k] for k in ("macro_f1", "accuracy", "mcc", "f_avg") if k in result}
+            return flat | {f"f1_{k}": v["f1"] for k, v in result["per_class"].items()}
+
+    metric = StanceMetric()
+    metric._module_name = f"stance_{task.name}"
+    return metric
