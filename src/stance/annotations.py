@@ -5,6 +5,7 @@ The audit of whole files (``stance validate``) is in :mod:`stance.audit`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from stance.records import Record, expand_files, read_records
 if TYPE_CHECKING:
     from stance.config import ColumnsConfig
 
-__all__ = ["Statement", "agreement", "label_of", "load_statements", "parse_statement"]
+__all__ = ["Statement", "agreement", "annotator_codes", "label_of", "load_statements", "parse_statement"]
 
 _DEFAULT_COLUMNS = {c: c for c in ("id", "text", "speaker", "context", "group")}
 
@@ -105,11 +106,14 @@ def load_statements(
     statements, problems = [], []
     paths = expand_files(files)
     for path in paths:
-        for record in read_records(path):
-            statement, found = parse_statement(record, tasks, columns)
-            problems += found
-            if statement:
-                statements.append(statement)
+        try:
+            for record in read_records(path):
+                statement, found = parse_statement(record, tasks, columns)
+                problems += found
+                if statement:
+                    statements.append(statement)
+        except DataError as error:  # the rest of this file cannot be read
+            problems += error.problems
     if problems:
         raise DataError(problems)
     if not statements:
@@ -119,11 +123,52 @@ def load_statements(
 
 def label_of(labels: Mapping[str, str], task: Task) -> str | None:
     """Return the label for a task; for the overall stance, the one that follows from both targets."""
-    if task == STANCE_TASK:
-        if "dialogue" in labels and "conflict" in labels:
-            return overall_stance(labels["dialogue"], labels["conflict"])
-        return None
+    derived = task == STANCE_TASK and task.name not in labels
+    if derived and "dialogue" in labels and "conflict" in labels:
+        return overall_stance(labels["dialogue"], labels["conflict"])
     return labels.get(task.name)
+
+
+def annotator_codes(statement: Statement, tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """Return a row's ``annotators``: annotator to task to label, without those who gave no code.
+
+    A text is read as the JSON that CSV files hold.
+
+    Raises:
+        DataError: the cell is not such a mapping, or holds an unknown label.
+    """
+    where, cell = statement.where, statement.fields.get("annotators")
+    if isinstance(cell, str) and cell.strip():
+        try:
+            cell = json.loads(cell)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: annotators must be a mapping, in CSV as JSON; got {_short(cell)}: {error}"
+            ) from None
+    if cell is None or cell == "":
+        return {}
+    shape = 'annotators must be a mapping like {"a1": {"dialogue": "favor"}}'
+    if not isinstance(cell, dict):
+        raise DataError(f"{where}: {shape}; got {type(cell).__name__}")
+    result, problems = {}, []
+    for annotator, codes in cell.items():
+        if codes is None:
+            continue
+        if not isinstance(codes, dict):
+            raise DataError(f"{where}: {shape}; got {type(codes).__name__} for {annotator!r}")
+        for task in tasks:
+            label = codes.get(task.name)
+            if label not in (None, "", *task.labels):
+                problems.append(
+                    f"{where}: annotators.{annotator}.{task.name} must be one of "
+                    f"{', '.join(task.labels)}; got {_short(label)}"
+                )
+        given = {k: v for k, v in codes.items() if v not in (None, "")}
+        if given:
+            result[annotator] = given
+    if problems:
+        raise DataError(problems)
+    return result
 
 
 def agreement(
@@ -144,7 +189,8 @@ def agreement(
         UsageError: no row has two annotators' codes.
     """
     scored = [*tasks, STANCE_TASK] if derives_stance(tasks) else list(tasks)
-    coded = [s for s in statements if len(s.fields.get("annotators") or {}) >= 2]
+    codes_of = [(s, annotator_codes(s, tasks)) for s in statements]
+    coded = [(s, codes) for s, codes in codes_of if len(codes) >= 2]
     if not coded:
         raise UsageError(
             "annotators: at least one row must hold the codes of two annotators - add "
@@ -152,14 +198,14 @@ def agreement(
         )
     report: dict[str, Any] = {"n": len(coded), "tasks": {}, "disagreements": []}
     for task in scored:
-        codes = [{a: label_of(c, task) for a, c in s.fields["annotators"].items()} for s in coded]
+        codes = [{a: label_of(c, task) for a, c in row.items()} for _, row in coded]
         entry = _agree(codes, task, samples=samples, seed=seed)
         entry["by"] = {}
         for column in ("register", "setting"):
-            values = sorted({str(s.fields[column]) for s in coded if s.fields.get(column)})
+            values = sorted({str(s.fields[column]) for s, _ in coded if s.fields.get(column)})
             entry["by"][column] = {
                 value: _agree(
-                    [c for c, s in zip(codes, coded, strict=True) if s.fields.get(column) == value],
+                    [c for c, (s, _) in zip(codes, coded, strict=True) if str(s.fields.get(column)) == value],
                     task,
                 )
                 for value in values
@@ -167,7 +213,7 @@ def agreement(
         report["tasks"][task.name] = entry
         if task == STANCE_TASK:
             continue
-        for statement, row in zip(coded, codes, strict=True):
+        for (statement, _), row in zip(coded, codes, strict=True):
             if len({label for label in row.values() if label}) > 1:
                 report["disagreements"].append(
                     {"where": statement.where, "id": statement.id, "task": task.name, "codes": row,

@@ -12,6 +12,7 @@ import numpy as np
 
 from stance.annotations import Statement
 from stance.dataset import label_ids
+from stance.errors import UsageError, did_you_mean
 from stance.labels import NOT_ANNOTATED, Task
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ def predict_baseline(
     1- and 2-grams; ``embeddings_lr`` on the mean-pooled embeddings of the frozen encoder. Speaker and
     text are read as one string.
     """
+    if name not in BASELINES:
+        raise UsageError(
+            f"baseline must be one of {', '.join(BASELINES)}; got {name!r}{did_you_mean(name, BASELINES)}"
+        )
     y = label_ids(train, tasks)
     features = _features(name, train, test, encoder)
     columns = [_fit_predict(name, features, y[:, i]) for i in range(len(tasks))]
@@ -56,10 +61,13 @@ def _features(
     if name == "tfidf_lr":
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1)
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
         return vectorizer.fit_transform(map(_line, train)), vectorizer.transform(map(_line, test))
+    from sklearn.preprocessing import StandardScaler
+
     embedded = _embed([_line(s) for s in [*train, *test]], encoder)
-    return embedded[: len(train)], embedded[len(train) :]
+    scaler = StandardScaler().fit(embedded[: len(train)])
+    return scaler.transform(embedded[: len(train)]), scaler.transform(embedded[len(train) :])
 
 
 def _fit_predict(name: str, features: tuple[Any, Any], y: IntArray) -> IntArray:
@@ -68,6 +76,8 @@ def _fit_predict(name: str, features: tuple[Any, Any], y: IntArray) -> IntArray:
 
     train, test = features
     kept = y != NOT_ANNOTATED
+    if not kept.any():
+        return np.zeros(test.shape[0], dtype=np.int64)
     model: Any = (
         DummyClassifier(strategy="most_frequent")
         if name == "majority" or len(np.unique(y[kept])) < 2
@@ -78,9 +88,8 @@ def _fit_predict(name: str, features: tuple[Any, Any], y: IntArray) -> IntArray:
 
 
 def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
-    """Mean-pooled, standardised token embeddings of the frozen encoder, shape [lines, width]."""
+    """Mean-pooled token embeddings of the frozen encoder, shape [lines, width]."""
     import torch
-    from sklearn.preprocessing import StandardScaler
     from transformers import AutoModel
 
     from stance.model import load_tokenizer, resolve_encoder
@@ -103,4 +112,4 @@ def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
             hidden = model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             result[rows] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
-    return np.asarray(StandardScaler().fit_transform(result), dtype=np.float32)
+    return result

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -71,11 +72,19 @@ class SplitConfig(_Section):
     near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     seed: int = 13
 
+    @model_validator(mode="after")
+    def _leave_rows_to_train(self) -> SplitConfig:
+        if self.test_size + self.validation_size >= 1:
+            raise ValueError(
+                f"test_size + validation_size must be less than 1; got {self.test_size} + {self.validation_size}"
+            )
+        return self
+
 
 class DataConfig(_Section):
     """The annotated files and how to read them."""
 
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     columns: ColumnsConfig = ColumnsConfig()
     split: SplitConfig = SplitConfig()
     max_length: Annotated[int, Field(ge=8)] = 128
@@ -95,17 +104,17 @@ class ModelConfig(_Section):
 class TrainingConfig(_Section):
     """The recipe; names as in transformers' TrainingArguments."""
 
-    num_train_epochs: Annotated[float, Field(gt=0.0)] = 6.0
+    num_train_epochs: PositiveFloat = 6.0
     per_device_train_batch_size: Positive = 32
     per_device_eval_batch_size: Positive = 128
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    classifier_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    learning_rate: PositiveFloat = 1e-4
+    classifier_learning_rate: PositiveFloat | None = None
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.01
     warmup_ratio: Fraction = 0.1
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1.0
     label_smoothing_factor: Fraction = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     metric_for_best_model: str = "stance_macro_f1"
@@ -120,7 +129,7 @@ class TrainingConfig(_Section):
 class Config(_Section):
     """Everything that decides what a run produces."""
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     data: DataConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)] = [
         TaskConfig(name=t.name, labels=list(t.labels)) for t in DEFAULT_TASKS
@@ -133,6 +142,11 @@ class Config(_Section):
         names = [t.name for t in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks must have different names; got {names}")
+        columns = self.data.columns.model_dump()
+        taken = {*columns.values(), "annotators", self.data.split.column, self.data.split.group_by}
+        for name in names:
+            if name in taken:
+                raise ValueError(f"tasks must not be named like another column in use; got {name!r}")
         if derives_stance(self.task_list) and STANCE_TASK.name in names:
             raise ValueError("tasks must not name 'stance': it is derived from dialogue and conflict")
         known = metric_names(self.task_list)
@@ -192,13 +206,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error} - mend the line named") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config must be a mapping of keys; got {type(tree).__name__}")
+        got = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path}: a config must be a mapping of keys; got {got}")
+    problems: list[str] = []
     for override in overrides:
-        _apply(tree, override)
+        try:
+            _apply(tree, override)
+        except ConfigError as error:
+            problems += error.problems
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([f"{path}: {_explain(e)}" for e in error.errors()]) from None
+        problems += [f"{path}: {_explain(e)}" for e in error.errors()]
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -207,6 +229,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} stands twice", key.start_mark
@@ -221,7 +245,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: must be key.path=value - write for example training.seed=7")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}: {parent!r} is not a section - see configs/default.yaml")
     try:
@@ -241,17 +267,20 @@ def _explain(error: ErrorDetails) -> str:
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: must be given - see configs/default.yaml"
+    if error["type"] == "model_type":
+        got = "nothing" if value is None else repr(value)
+        return f"{where}: must be a section of keys; got {got} - see configs/default.yaml"
     message = error["msg"].removeprefix("Value error, ")
     message = re.sub(r"^Input should be", "must be", message)
     if not where:
         return message
     shown = f"; got {value!r}" if not isinstance(value, dict) else ""
     fix = ""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         mantissa, exponent = re.split("[eE]", value)
-        mantissa = mantissa if "." in mantissa else mantissa + ".0"
+        whole, _, part = mantissa.partition(".")
         sign = "" if exponent[0] in "+-" else "+"
-        fix = f" - YAML reads this as text; write {mantissa.rstrip('.')}e{sign}{exponent}"
+        fix = f" - YAML reads this as text; write {whole or 0}.{part or 0}e{sign}{exponent}"
     return f"{where}: {message}{shown}{fix}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -26,8 +25,13 @@ SPLITS = ("train", "validation", "test")
 
 
 def normalise(text: str) -> str:
-    """Case, width, spaces and punctuation folded away: equal results mean the same text."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """Case, width, spaces and punctuation folded away: equal results mean the same text.
+
+    Letters, marks, digits and symbols of every script stay.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = (c if unicodedata.category(c)[0] in "LMNS" else " " for c in folded)
+    return " ".join("".join(kept).split())
 
 
 def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
@@ -36,6 +40,8 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, i
     Exact, not approximate: the intersections are one sparse matrix product. Texts are compared
     after :func:`normalise`.
     """
+    if len(texts) < 2:
+        return []
     import numpy as np
     from scipy.sparse import triu
     from sklearn.feature_extraction.text import CountVectorizer
@@ -44,7 +50,6 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, i
     vectorizer = CountVectorizer(ngram_range=(2, 2), token_pattern=r"\S+", binary=True, lowercase=False)
     shingles = vectorizer.fit_transform(marked).astype(np.int32)
     sizes = np.asarray(shingles.sum(axis=1)).ravel()
-    # A bigram of many texts ("of the") cannot make a pair by itself: prune pairs by size first.
     pairs = []
     step = 512
     for start in range(0, len(texts), step):
@@ -70,14 +75,20 @@ def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Seq
     if config.column is not None:
         return _given_splits(statements, config.column)
     groups = _leak_free_groups(statements, config)
+    found = len(set(groups.tolist()))
+    wanted = {"test": config.test_size, "validation": config.validation_size}
+    wanted = {name: size for name, size in wanted.items() if size > 0.0}
+    if found < len(wanted) + 1:
+        raise DataError(
+            f"data.split: {found} independent groups are too few for {len(wanted) + 1} splits - choose "
+            "another data.split.group_by (or null), give more rows, or give a split column"
+        )
     strata = [_stratum(s, tasks) for s in statements]
     splits = ["train"] * len(statements)
-    for name, size in (("test", config.test_size), ("validation", config.validation_size)):
-        if size == 0.0:
-            continue
+    for name, size in wanted.items():
         left = [i for i, split in enumerate(splits) if split == "train"]
-        share = size if name == "test" else size / (1 - config.test_size)
-        for i in _draw(left, groups, strata, share, config, name):
+        still = len(wanted) - list(wanted).index(name)  # groups that the other splits need
+        for i in _draw(left, groups, strata, size * len(statements), config.seed, still):
             splits[i] = name
     return splits
 
@@ -109,9 +120,17 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
         if s.group:
             keys["group", s.group].append(i)
         if config.group_by:
-            value = s.speaker if config.group_by == "speaker" else s.fields.get(config.group_by)
+            value = _column(s, config.group_by)
             if value:
-                keys["by", value].append(i)
+                keys["by", str(value)].append(i)
+    # The default column may be missing; a column that was asked for must be there.
+    asked = "group_by" in config.model_fields_set
+    if config.group_by and asked and not any(kind == "by" for kind, _ in keys):
+        known = sorted({key for s in statements for key in s.fields} | {"speaker", "context", "id"})
+        raise DataError(
+            f"data.split.group_by: no row has a column {config.group_by!r}"
+            f"{did_you_mean(config.group_by, known)} - name a column of the rows, or null"
+        )
     edges = [(rows[0], row) for rows in keys.values() for row in rows[1:]]
     edges += [(i, j) for i, j, _ in near_duplicates([s.text for s in statements], config.near_duplicate)]
     n = len(statements)
@@ -125,10 +144,19 @@ def _stratum(statement: Statement, tasks: Sequence[Task]) -> str:
     return "/".join(statement.labels.get(task.name, "-") for task in tasks[:2])
 
 
+def _column(statement: Statement, name: str) -> Any:
+    own = {"id": statement.id, "speaker": statement.speaker, "context": statement.context}
+    return own[name] if name in own else statement.fields.get(name)
+
+
 def _draw(
-    rows: list[int], groups: Any, strata: list[str], share: float, config: SplitConfig, name: str
+    rows: list[int], groups: Any, strata: list[str], wished: float, seed: int, still: int
 ) -> Iterable[int]:
-    """Draw whole groups that hold about ``share`` of ``rows``."""
+    """Draw whole groups that hold about ``wished`` rows; leave ``still`` groups at least.
+
+    The rows are dealt into small stratified folds of whole groups; folds are taken as long as that
+    brings the number of rows nearer to what is wished.
+    """
     import warnings
 
     import numpy as np
@@ -136,21 +164,28 @@ def _draw(
 
     own = groups[rows]
     found = len(np.unique(own))
-    folds = max(2, min(round(1 / share), found))
-    if found < 3:
-        raise DataError(
-            f"data.split: {found} independent groups are too few for train, validation and test - "
-            "choose another data.split.group_by (or null), or give a split column"
-        )
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=config.seed)
+    y = np.unique([strata[i] for i in rows], return_inverse=True)[1]
+    folds = min(found, 20)
+    if np.bincount(y).max() < folds:
+        y = np.zeros(len(rows), dtype=np.int64)  # too few rows to stratify
+    folds = min(folds, len(rows))
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a rare label has fewer rows than folds
-        candidates = [t for _, t in splitter.split(rows, [strata[i] for i in rows], own)]
-    wished = share * len(rows)
-    best = min(candidates, key=lambda fold: abs(len(fold) - wished))
-    if len(best) == 0:
-        raise DataError(f"data.split: the {name} split would be empty - change data.split.{name}_size")
-    return [rows[i] for i in best]
+        dealt = [fold for _, fold in splitter.split(rows, y, own) if len(fold)]
+    taken: list[int] = []
+    left = found
+    for fold in sorted(dealt, key=lambda fold: (abs(len(fold) - wished), int(fold[0]))):
+        size = len(np.unique(own[fold]))
+        nearer = abs(len(taken) + len(fold) - wished) < abs(len(taken) - wished)
+        if left - size >= still and (not taken or nearer):
+            taken += fold.tolist()
+            left -= size
+    if not taken:  # every fold holds too many groups: take the group nearest in size
+        sizes = np.unique(own, return_counts=True)
+        chosen = sizes[0][np.argmin(np.abs(sizes[1] - wished))]
+        taken = np.flatnonzero(own == chosen).tolist()
+    return [rows[i] for i in taken]
 
 
 def label_ids(statements: Sequence[Statement], tasks: Sequence[Task]) -> NDArray[np.int64]:

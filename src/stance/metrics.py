@@ -70,7 +70,8 @@ def scores(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> dict[
         "n": len(true),
         "accuracy": float(accuracy_score(true, pred)),
         "macro_f1": float(f1[seen].mean()),
-        "mcc": float(matthews_corrcoef(true, pred)),
+        # Undefined with one label alone: 0, as scikit-learn has it, without its warning.
+        "mcc": float(matthews_corrcoef(true, pred)) if seen.sum() > 1 else 0.0,
     }
     if {"favor", "against"} <= set(labels):
         result["f_avg"] = f_avg(true, pred, labels)
@@ -96,7 +97,9 @@ def f_avg(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> float:
     from sklearn.metrics import f1_score
 
     ids = [list(labels).index("favor"), list(labels).index("against")]
-    return float(f1_score(y_true, y_pred, labels=ids, average="macro", zero_division=0.0))
+    true, pred = np.asarray(y_true), np.asarray(y_pred)
+    kept = true != NOT_ANNOTATED
+    return float(f1_score(true[kept], pred[kept], labels=ids, average="macro", zero_division=0.0))
 
 
 def stance_ids(ids: IntArray, tasks: Sequence[Task]) -> IntArray:
@@ -136,7 +139,8 @@ def evaluate_metric(task: Task) -> Any:
 
     The metric takes ``predictions`` and ``references`` of label ids and gives flat figures
     (``macro_f1``, ``accuracy``, ``mcc``, ``f_avg``, ``f1_<label>``), so that it composes with
-    ``evaluate.combine`` and ``evaluate.evaluator``.
+    ``evaluate.combine`` and ``evaluate.evaluator``. (evaluate 0.4.6 asks ready-made pipelines for a class
+    that transformers 5 no longer has: give the evaluator a model and its tokenizer instead.)
     """
     import datasets
 
@@ -159,5 +163,5 @@ def evaluate_metric(task: Task) -> Any:
             return flat | {f"f1_{k}": v["f1"] for k, v in result["per_class"].items()}
 
     metric = StanceMetric()
-    metric._module_name = f"stance_{task.name}"
+    metric._module_info.module_name = f"stance_{task.name}"  # what evaluate.combine calls it
     return metric

@@ -76,13 +76,17 @@ def expand_files(patterns: Iterable[str | Path]) -> list[str]:
             if not found:
                 raise UsageError(f"{pattern}: the folder holds no {', '.join(FORMATS)} file")
         else:
-            found = sorted(glob.glob(pattern))
+            found = sorted(
+                p
+                for p in glob.glob(pattern, recursive=True)
+                if Path(p).suffix.lower() in FORMATS and Path(p).is_file()
+            )
             if not found:
                 near = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
                 raise UsageError(
                     f"{pattern}: no such file or folder{did_you_mean(pattern, near)} - check the path"
                 )
-        files += [f for f in found if f not in files]
+        files += [f for f in found if os.path.realpath(f) not in {os.path.realpath(x) for x in files}]
     return files
 
 
@@ -99,61 +103,71 @@ def read_records(path: str | Path, format: str | None = None) -> Iterator[Record
     """
     name = str(path)
     kind = format or ("jsonl" if name == "-" else file_format(name))
+    if kind not in FORMATS.values():
+        known = sorted(set(FORMATS.values()))
+        raise UsageError(f"format must be one of {', '.join(known)}; got {kind!r}{did_you_mean(kind, known)}")
     try:
         if kind == "parquet":
             yield from _read_parquet(name)
             return
-        with _open_text(name) as handle:
+        with _open(name) as handle:
+            lines = _lines(name, handle)
             if kind == "jsonl":
-                yield from _read_jsonl(name, handle)
+                yield from _read_jsonl(name, lines)
             elif kind == "text":
-                for number, line in enumerate(_lines(name, handle), 1):
+                for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield Record(name, number, {"text": line.rstrip("\r\n")})
             else:
-                yield from _read_csv(name, handle, "\t" if kind == "tsv" else ",")
+                yield from _read_csv(name, lines, "\t" if kind == "tsv" else ",")
     except OSError as error:
         raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 @contextmanager
-def _open_text(name: str) -> Iterator[IO[str]]:
+def _open(name: str) -> Iterator[IO[bytes]]:
     if name == "-":
-        yield io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+        yield sys.stdin.buffer
         return
-    with open(name, encoding="utf-8-sig", newline="") as handle:
+    with open(name, "rb") as handle:
         yield handle
 
 
-def _lines(name: str, handle: IO[str]) -> Iterator[str]:
-    number = 0
-    try:
-        for number, line in enumerate(handle, 1):
-            if "\0" in line:
-                raise DataError(f"{name}:{number}: a NUL byte - the file is damaged or not text")
-            yield line
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}:{number + 1} or just after: not UTF-8 ({error.reason}) - convert the file to UTF-8"
-        ) from None
+def _lines(name: str, handle: IO[bytes]) -> Iterator[str]:
+    """Decode line by line, so that a broken byte is reported with its line."""
+    for number, raw in enumerate(handle, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}:{number}: not UTF-8 ({error.reason}) - convert the file to UTF-8"
+            ) from None
+        if "\0" in line:
+            raise DataError(f"{name}:{number}: a NUL byte - the file is damaged or not text")
+        yield line
 
 
-def _read_jsonl(name: str, handle: IO[str]) -> Iterator[Record]:
-    for number, line in enumerate(_lines(name, handle), 1):
+def _read_jsonl(name: str, lines: Iterator[str]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             data = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{name}:{number}: a lone surrogate (half a character, \\ud800 to \\udfff) - mend the text"
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}:{number}: not valid JSON: {error} - write one object a line") from None
         if not isinstance(data, dict):
             raise DataError(f"{name}:{number}: a line must hold a JSON object; got {type(data).__name__}")
         yield Record(name, number, data)
 
 
-def _read_csv(name: str, handle: IO[str], delimiter: str) -> Iterator[Record]:
+def _read_csv(name: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_lines(name, handle), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
@@ -165,7 +179,9 @@ def _read_csv(name: str, handle: IO[str], delimiter: str) -> Iterator[Record]:
                 header = [cell.strip() for cell in cells]
                 twice = sorted({h for h in header if header.count(h) > 1})
                 if twice:
-                    raise DataError(f"{name}:{line}: columns stand twice in the header: {', '.join(twice)}")
+                    raise DataError(
+                        f"{name}:{line}: columns stand twice in the header: {', '.join(map(repr, twice))}"
+                    )
                 continue
             if len(cells) != len(header):
                 raise DataError(
@@ -206,31 +222,58 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
         return _write(rows, sys.stdout, "jsonl", columns)
     kind = file_format(name)
     target = Path(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    if target.is_dir():
+        raise UsageError(f"{name}: is a folder - give the name of a file")
     try:
-        if kind == "parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            table = [{c: row.get(c) for c in columns} for row in rows]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), partial)
-            count = len(table)
-        else:
-            with open(partial, "w", encoding="utf-8", newline="") as handle:
-                count = _write(rows, handle, kind, columns)
-                handle.flush()
+        with _open_new(partial, name) as handle:
+            if kind == "parquet":
+                count = _write_parquet(rows, handle, name, columns)
+            else:
+                text = io.TextIOWrapper(handle, encoding="utf-8", newline="", write_through=True)
+                count = _write(rows, text, kind, columns)
+                text.flush()
                 os.fsync(handle.fileno())
+                text.detach()
         os.replace(partial, target)
         return count
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: a text holds a lone surrogate, which no file can hold - mend it") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
+
+
+def _open_new(path: Path, name: str) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+    except OSError as error:
+        raise UsageError(
+            f"{name}: cannot be written: {error.strerror or error} - choose another place"
+        ) from None
+
+
+def _write_parquet(
+    rows: Iterable[dict[str, Any]], handle: IO[bytes], name: str, columns: Sequence[str]
+) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = list(rows)
+    try:
+        arrays = {column: [row.get(column) for row in table] for column in columns}
+        pyarrow.parquet.write_table(pyarrow.table(arrays), handle)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name}: Parquet cannot hold these columns: {error} - write .jsonl") from None
+    return len(table)
 
 
 def _write(rows: Iterable[dict[str, Any]], handle: IO[str], kind: str, columns: Sequence[str]) -> int:
     count = 0
     if kind in ("csv", "tsv"):
-        writer = csv.writer(handle, delimiter="\t" if kind == "tsv" else ",", lineterminator="\n")
+        # A lone carriage return is only quoted if it is part of the line terminator.
+        writer = csv.writer(handle, delimiter="\t" if kind == "tsv" else ",", lineterminator="\r\n")
         writer.writerow(columns)
         for count, row in enumerate(rows, 1):  # noqa: B007
             writer.writerow([_cell(row.get(column)) for column in columns])
