@@ -120,7 +120,7 @@ def test_a_run_leaves_a_whole_folder(trained):
     }  # fmt: skip
     assert load_config(trained / "config.yaml").training.num_train_epochs == 3.0
     record = json.loads((trained / "run.json").read_text())
-    assert record["rows"] == {"train": 84, "validation": 24, "test": 12}
+    assert record["rows"] == {"train": 96, "validation": 12, "test": 12}
     assert (record["steps"], record["epochs"], record["precision"]) == (18, 3.0, "fp32")
     splits = (trained / "splits.csv").read_text().splitlines()
     assert splits[0] == "where,id,split"
@@ -203,7 +203,7 @@ def test_gradient_accumulation_equals_the_larger_batch(make_config, tmp_path):
             del row["sentiment"]
     data = write_jsonl(tmp_path / "holes.jsonl", rows)
     found = []
-    for size, accumulated in ((84, 1), (42, 2)):
+    for size, accumulated in ((96, 1), (48, 2)):
         path = make_config(
             output_dir=str(tmp_path / f"run-{size}"),
             data={"files": [str(data)], "max_length": 48},
@@ -409,11 +409,11 @@ def order_of(rows: Any, epoch: int) -> list[tuple[int, ...]]:
     return [tuple(rows[i]["input_ids"]) for i in range(len(rows))]
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 84, 1000])
+@pytest.mark.parametrize("batch_size", [1, 8, 96, 1000])
 def test_every_epoch_covers_each_row_once(grouped, batch_size):
     rows = grouped(batch_size)
     first = order_of(rows, 0)
-    assert len(rows) == len(first) == len(set(first)) == 84
+    assert len(rows) == len(first) == len(set(first)) == 96
     assert all(sorted(order_of(rows, epoch)) == sorted(first) for epoch in (1, 2))
 
 

@@ -21,8 +21,11 @@ from stance.labels import Task
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "RUN_FILES",
+    "STANCE_FILE",
     "check_model_folder",
     "newest_verified",
+    "read_json",
     "replace_folder",
     "sha256",
     "verify",
@@ -33,6 +36,10 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 STANCE_FILE = "stance.json"
+RUN_FILES = ("identity.json", "config.yaml", "splits.csv", "metrics.json", "run.json")
+"""What a run writes beside the model; never read when a model is loaded."""
+_READ_UNASKED = {".json", ".jinja", ".model", ".safetensors"}
+"""Files of these kinds may be read by transformers if they only lie in the folder."""
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy", ".npz"}
 
 
@@ -73,7 +80,7 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: something is missing or changed, or the manifest is not readable.
     """
-    manifest = _read_json(folder, MANIFEST)
+    manifest = read_json(folder, MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{folder / MANIFEST}: holds no files - the folder is damaged")
@@ -84,6 +91,8 @@ def verify(folder: Path) -> dict[str, Any]:
         )
     for name, entry in files.items():
         path = folder / name
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{folder / MANIFEST}: the entry of {name!r} is damaged")
         if Path(name).name != name or path.is_symlink():
             raise CheckpointError(f"{folder}: {name!r} leaves the folder - do not trust this folder")
         if not path.is_file():
@@ -113,24 +122,41 @@ def check_model_folder(folder: Path) -> tuple[dict[str, Any], tuple[Task, ...]]:
             raise CheckpointError(
                 f"{path}: pickles can run code and are never loaded - remove it or take a safetensors model"
             )
-        if path.suffix == ".py":
+        if path.suffix.lower() == ".py":
             raise CheckpointError(f"{path}: a model folder must hold no code - remove it")
     manifest = verify(folder)
     for name in ("config.json", STANCE_FILE, "model.safetensors"):
         if name not in manifest["files"]:
             raise CheckpointError(f"{folder}: {name} is not in the manifest - train or copy it again")
-    config = _read_json(folder, "config.json")
-    if "auto_map" in json.dumps(config):
-        raise CheckpointError(f"{folder}/config.json: auto_map asks for remote code, which is never run")
-    meta = _read_json(folder, STANCE_FILE)
+    strange = [
+        path.name
+        for path in folder.iterdir()
+        if (path.suffix in _READ_UNASKED or path.name in ("vocab.txt", "merges.txt"))
+        and path.name not in {*manifest["files"], *RUN_FILES, MANIFEST}
+    ]
+    if strange:  # a tokenizer would read some of them
+        raise CheckpointError(
+            f"{folder}: holds files that are not in its manifest: {', '.join(sorted(strange))} - remove them"
+        )
+    for name in manifest["files"]:
+        if name.endswith(".json") and '"auto_map"' in (folder / name).read_text(encoding="utf-8"):
+            raise CheckpointError(f"{folder / name}: auto_map asks for remote code, which is never run")
+    config, meta = read_json(folder, "config.json"), read_json(folder, STANCE_FILE)
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / STANCE_FILE}: format must be {FORMAT}; got {meta.get('format')!r} - the model was "
+            "made by another version of stance; use that version"
+        )
     try:
         tasks = tuple(Task(t["name"], tuple(t["labels"])) for t in meta["tasks"])
         max_length = meta["max_length"]
-    except (KeyError, TypeError, StanceError) as error:
-        raise CheckpointError(f"{folder}/{STANCE_FILE}: not understood: {error!r}") from None
+        if type(max_length) is not int or max_length < 1:
+            raise ValueError(f"max_length must be a number of tokens; got {max_length!r}")
+        found = [name for _, name in sorted(config["id2label"].items(), key=lambda x: int(x[0]))]
+    except (KeyError, TypeError, ValueError, AttributeError, StanceError) as error:
+        raise CheckpointError(f"{folder}: config.json or {STANCE_FILE} not understood: {error!r}") from None
     names = [f"{t.name}:{label}" for t in tasks for label in t.labels]
-    found = [name for _, name in sorted(config.get("id2label", {}).items(), key=lambda x: int(x[0]))]
-    if found != names or not isinstance(max_length, int):
+    if found != names:
         raise CheckpointError(
             f"{folder}: config.json names the labels {found}; {STANCE_FILE} names {names} - the files "
             "are of different models"
@@ -166,7 +192,12 @@ def replace_folder(source: Path, target: Path, files: Sequence[str]) -> None:
     shutil.rmtree(source)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged or no object.
+    """
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,9 @@ inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; errors of the package are one message."""
     try:
         app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
         code = 0
     except StanceError as error:
         say(f"stance: {error}")
@@ -73,8 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say("stance: stopped")
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        sys.stdout = None  # the reader has gone; nothing to flush to
-        code = 0
+        code = _reader_gone()
+    except SystemExit as error:  # click turns a broken pipe into exit 1
+        gone = isinstance(error.__context__, BrokenPipeError)
+        code = _reader_gone() if gone else int(error.code or 0)
+    except OSError as error:
+        say(f"stance: {error.filename or 'standard output'}: {error.strerror or error}")
+        code = 1
+        if error.filename is None:
+            _reader_gone()
     except typer.Abort:
         code = 1
     except Exception as error:
@@ -86,6 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show()
         code = error.exit_code
     sys.exit(code)
+
+
+def _reader_gone() -> int:
+    """Nobody reads standard output any more (as in ``| head``): leave nothing to flush to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _version(value: bool) -> None:
@@ -400,6 +416,7 @@ def predict(
         bool,
         typer.Option("--probabilities", help="Add a column with the probability of every label."),
     ] = False,
+    prefix: Annotated[str, typer.Option(help="Put this before the names of the added columns.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Statements a batch.")] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -409,55 +426,47 @@ def predict(
     from stance.records import FORMATS, expand_files, file_format, read_records, write_records
 
     if output != "-":
-        file_format(output)
+        if file_format(output) == "text":
+            raise UsageError(
+                f"{output}: plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet"
+            )
         if Path(output).exists() and not force:
             raise UsageError(f"{output}: exists already - replace it with --force or choose another name")
     if input_format is not None and input_format not in FORMATS.values():
         known = ", ".join(sorted(set(FORMATS.values())))
         raise UsageError(f"--input-format: must be one of {known}; got {input_format!r}")
-    path = expand_files([input])[0]
+    paths = expand_files([input])
+    if len(paths) > 1:
+        raise UsageError(f"{input}: must be one file; got {len(paths)} - label them one by one")
+    path = paths[0]
     if input != "-" and input_format is None:
         file_format(path)
     classifier = load(model, device=device)
-    columns: dict[str, None] = {}
-    statements = _input_statements(
-        read_records(path, input_format), (text_column, speaker_column, context_column), columns
+    rows = _predicted_rows(
+        classifier,
+        _input_statements(read_records(path, input_format), (text_column, speaker_column, context_column)),
+        probabilities,
+        batch_size,
+        prefix,
     )
-    rows = _predicted_rows(classifier, statements, probabilities, batch_size, columns)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{input}: no rows - give at least one statement")
-    count = write_records(_chain(first, rows), output, _Columns(columns))
+    whole: Iterator[dict[str, Any]] = itertools.chain([first], rows)
+    if output != "-" and file_format(output) != "jsonl":
+        whole = _of_one_header(whole, list(first))
+    count = write_records(whole, output, list(first))
     say(f"{count} statements labelled")
 
 
-class _Columns(Sequence[str]):
-    """The output's columns, complete when the writer asks for the header: inputs', then ours."""
-
-    def __init__(self, names: dict[str, None]):
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._names)[index]
-
-
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest
-
-
 def _input_statements(
-    records: Iterator[Any], names: tuple[str, str, str], columns: dict[str, None]
+    records: Iterator[Any], names: tuple[str, str, str]
 ) -> Iterator[tuple[dict[str, Any], Statement]]:
     from stance.annotations import Statement
     from stance.errors import did_you_mean
 
     text_column, speaker_column, context_column = names
     for record in records:
-        columns.update(dict.fromkeys(record.data))
         if text_column not in record.data:
             known = [k for k in record.data if isinstance(k, str)]
             raise DataError(
@@ -484,20 +493,35 @@ def _predicted_rows(
     rows: Iterator[tuple[dict[str, Any], Statement]],
     probabilities: bool,
     batch_size: int,
-    columns: dict[str, None],
+    prefix: str,
 ) -> Iterator[dict[str, Any]]:
-    import itertools
-
     from tqdm import tqdm
 
     with tqdm(unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), desc="predict") as bar:
         while chunk := list(itertools.islice(rows, 1024)):
             predictions = classifier.predict([s for _, s in chunk], batch_size=batch_size)
             for (data, _), prediction in zip(chunk, predictions, strict=True):
-                added = _added(prediction, probabilities)
-                columns.update(dict.fromkeys(added))
+                added = {prefix + name: value for name, value in _added(prediction, probabilities).items()}
+                taken = [name for name in added if name in data]
+                if taken:
+                    raise UsageError(
+                        f"input: columns must not be named like the labels that are added; got "
+                        f"{', '.join(taken)} - set the added ones apart with --prefix predicted_"
+                    )
                 yield {**data, **added}
             bar.update(len(chunk))
+
+
+def _of_one_header(rows: Iterator[dict[str, Any]], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Refuse columns that the header does not have, rather than lose them."""
+    for number, row in enumerate(rows, 1):
+        late = [column for column in row if column not in columns]
+        if late:
+            raise DataError(
+                f"row {number}: has columns that the first row has not: {', '.join(late)} - write .jsonl, "
+                "or give every row the same columns"
+            )
+        yield row
 
 
 def _added(prediction: Prediction, probabilities: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from stance.annotations import Statement
 from stance.baselines import BASELINES, predict_baseline
 from stance.dataset import label_ids
-from stance.errors import DataError
+from stance.errors import DataError, UsageError
 from stance.labels import NOT_ANNOTATED, STANCE_TASK, Task, derives_stance
 from stance.metrics import scores_of_all, stance_ids
 
@@ -171,7 +171,12 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     from stance.checkpoint import write_json
     from stance.records import write_records
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be made: {error.strerror} - choose another place for the report"
+        ) from None
     predictions = report.get("predictions", [])
     write_json(folder / "report.json", {k: v for k, v in report.items() if k != "predictions"})
     write_records(predictions, folder / "predictions.jsonl", [])

@@ -78,8 +78,9 @@ def load(path: str | Path, *, device: str = "auto") -> Classifier:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from stance.model import load_tokenizer  # registers the mean-pooled class
+    from stance.model import load_tokenizer, quiet_transformers  # registers the mean-pooled class
 
+    quiet_transformers()
     name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
@@ -87,12 +88,19 @@ def load(path: str | Path, *, device: str = "auto") -> Classifier:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"device: {device!r} cannot be used: {first} - use cpu or auto") from None
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, dtype=torch.float32
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: the model cannot be loaded: {first} - train again") from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:  # transformers would fill the gaps at random
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
     return Classifier(model.to(name).eval(), load_tokenizer(str(folder)), tasks, meta)
 
 
@@ -131,6 +139,9 @@ class Classifier:
         self, statements: Iterable[StatementLike], *, batch_size: int = 32, window: int = 1024
     ) -> Iterator[Prediction]:
         """Yield predictions in order, reading ``window`` statements at a time."""
+        _refuse_single(statements)
+        if window < 1:
+            raise ValueError(f"window must be 1 or more; got {window}")
         iterator = iter(statements)
         while chunk := list(itertools.islice(iterator, window)):
             yield from self.predict(chunk, batch_size=batch_size)
@@ -153,6 +164,8 @@ class Classifier:
 
         from stance.model import encode_pairs
 
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
         logits = np.zeros((len(rows), sum(len(t.labels) for t in self.tasks)))
         if not rows:
             return logits
@@ -194,11 +207,15 @@ def _named(task: Task, probabilities: Mapping[str, NDArray[np.float64]], row: in
     return dict(zip(task.labels, probabilities[task.name][row].tolist(), strict=True))
 
 
-def _as_statements(statements: Sequence[StatementLike]) -> list[Statement]:
+def _refuse_single(statements: object) -> None:
     if isinstance(statements, str | Mapping | Statement):
         raise TypeError(
             f"statements must be a list; got one {type(statements).__name__} - write predict([...])"
         )
+
+
+def _as_statements(statements: Sequence[StatementLike]) -> list[Statement]:
+    _refuse_single(statements)
     return [_as_statement(i, s) for i, s in enumerate(statements)]
 
 
@@ -219,8 +236,13 @@ def _as_statement(index: int, value: StatementLike) -> Statement:
             f"{type(value).__name__}"
         )
     for name in ("text", "speaker", "context"):
-        if not isinstance(getattr(statement, name), str):
-            raise TypeError(f"{where}: {name} must be text; got {type(getattr(statement, name)).__name__}")
+        part = getattr(statement, name)
+        if not isinstance(part, str):
+            raise TypeError(f"{where}: {name} must be text; got {type(part).__name__}")
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {name} holds a lone surrogate (half a character) - mend it") from None
     if not statement.text.strip():
         raise ValueError(f"{where}: text must not be empty - drop the row or give its text")
     return statement

@@ -86,11 +86,14 @@ class StanceForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         encoder_config = AutoConfig.for_model(**(config.encoder or {}))
         encoder_class = MODEL_MAPPING[type(encoder_config)]
+        attention = config._attn_implementation
+        if attention == "sdpa" and not encoder_class._supports_sdpa:
+            attention = "eager"
         # BERT-like encoders carry a pooler that mean pooling never reads.
         has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
         self.encoder = AutoModel.from_config(
             encoder_config,
-            attn_implementation=config._attn_implementation,
+            attn_implementation=attention,
             **({"add_pooling_layer": False} if has_pooler else {}),
         )
         self.num_labels = config.num_labels
@@ -144,7 +147,8 @@ def resolve_encoder(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         return name
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
     if found != DEFAULT_ENCODER_SHA256:
         raise CheckpointError(
             f"{folder}: model.safetensors must have SHA-256 {DEFAULT_ENCODER_SHA256}; got {found}"
@@ -157,8 +161,8 @@ def _from_pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     folder = resolve_encoder(name)
     try:
         return loader.from_pretrained(folder, trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # each library below has its own kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"model.encoder: {name} cannot be loaded: {first} - give a hub id that this machine can "
             "reach, or the path of a downloaded model folder"
@@ -193,14 +197,18 @@ def build_model(
     options |= {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if config.pooling == "first":
         for key in ("classifier_dropout", "seq_classif_dropout", "cls_dropout"):
-            if hasattr(encoder_config, key):
-                setattr(encoder_config, key, config.classifier_dropout)
+            setattr(encoder_config, key, config.classifier_dropout)
         encoder_config.update(labels)
         encoder_config.problem_type = "single_label_classification"
         loader: Any = AutoModelForSequenceClassification
         stock = _from_pretrained(loader, config.encoder, config=encoder_config, **options)
         stock.config._name_or_path = config.encoder
         return stock
+    if type(encoder_config) not in MODEL_MAPPING:
+        raise CheckpointError(
+            f"model.encoder: {config.encoder} is no plain encoder but {encoder_config.model_type!r} - give "
+            "the hub id or folder of an encoder such as BERT"
+        )
     stance_config = StanceConfig(
         encoder=encoder_config.to_dict() | {"_name_or_path": config.encoder},
         classifier_dropout=config.classifier_dropout,

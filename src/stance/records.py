@@ -281,11 +281,18 @@ def _write(rows: Iterable[dict[str, Any]], handle: IO[str], kind: str, columns: 
     if kind == "text":
         raise UsageError("plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet")
     for count, row in enumerate(rows, 1):  # noqa: B007
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
     return count
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=_plain)
     return "" if value is None else value
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no form for (Parquet's dates, decimals, bytes) as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,8 +41,10 @@ from stance.annotations import Statement, load_statements
 from stance.checkpoint import (
     FORMAT,
     MANIFEST,
+    RUN_FILES,
     STANCE_FILE,
     newest_verified,
+    read_json,
     replace_folder,
     sha256,
     verify,
@@ -51,8 +53,17 @@ from stance.checkpoint import (
 )
 from stance.config import Config
 from stance.dataset import SPLITS, label_ids, make_splits, tokenise
-from stance.errors import DataError, Interrupted, TrainingError, UsageError
-from stance.labels import NOT_ANNOTATED, Task
+from stance.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    StanceError,
+    TrainingError,
+    UsageError,
+    did_you_mean,
+)
+from stance.labels import NOT_ANNOTATED, Task, derives_stance
 from stance.metrics import mean_macro_f1, scores_of_all
 from stance.model import (
     MultiTaskLoss,
@@ -111,7 +122,7 @@ def train(
     started = time.time()
     folder = Path(config.output_dir)
     parts = load_parts(config)
-    _check_parts(parts, config.task_list)
+    _check_parts(parts, config.task_list, config.training.metric_for_best_model)
     identity = _identity(config)
     finished = _prepare_folder(folder, identity, resume=resume, force=force)
     if finished:
@@ -138,14 +149,17 @@ def train(
             f"{folder}: writing failed: {error.strerror or error} - free space or choose another "
             "output_dir, then go on with --resume"
         ) from error
-    except RuntimeError as error:
+    except StanceError:
+        raise
+    except Exception as error:
         # safetensors and torch report a full disk as their own kinds of error.
-        if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+        if any(sign in str(error) for sign in ("No space left", "PytorchStreamWriter", "inline_container")):
             raise TrainingError(
                 f"{folder}: writing failed: {error} - free space, then go on with --resume"
             ) from error
         raise
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return TrainingResult(folder, metrics, run)
 
 
@@ -167,7 +181,7 @@ def load_parts(config: Config) -> dict[str, list[Statement]]:
     return parts
 
 
-def _check_parts(parts: dict[str, list[Statement]], tasks: Sequence[Task]) -> None:
+def _check_parts(parts: dict[str, list[Statement]], tasks: Sequence[Task], chosen: str) -> None:
     problems = [
         f"data.split: the {name} split is empty - give more rows, or change data.split"
         for name in ("train", "validation")
@@ -180,6 +194,21 @@ def _check_parts(parts: dict[str, list[Statement]], tasks: Sequence[Task]) -> No
                 f"data: task {task.name!r} must have two or more labels among the training rows; got "
                 f"{sorted(map(str, found)) or 'none'} - annotate more rows or drop the task from tasks"
             )
+    if chosen.startswith("stance_") and derives_stance(tasks):
+        needed = {"dialogue", "conflict"}
+        if not any(needed <= set(s.labels) for s in parts["validation"]):
+            problems.append(
+                f"training.metric_for_best_model: {chosen!r} needs validation rows with both dialogue and "
+                "conflict; got none - choose another metric or annotate both"
+            )
+    else:
+        problems += [
+            f"training.metric_for_best_model: {chosen!r} needs validation rows with a label for "
+            f"{task.name}; got none - choose another metric or annotate more"
+            for task in tasks
+            if chosen.startswith(f"{task.name}_")
+            and not any(task.name in s.labels for s in parts["validation"])
+        ]
     if problems:
         raise DataError(problems)
 
@@ -199,8 +228,7 @@ def _prepare_folder(
     """Make the folder ready; return the finished run if it is there and ``resume`` is given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if force:
-            _remove_run(folder)
+        removed = force and _remove_run(folder)
         state = folder / "identity.json"
         if (folder / MANIFEST).is_file() or (folder / CHECKPOINTS).is_dir() or state.is_file():
             if not resume:
@@ -208,7 +236,7 @@ def _prepare_folder(
                     f"{folder}: output_dir holds a run already - go on with --resume, replace it with "
                     "--force, or choose another output_dir"
                 )
-            if not state.is_file() or json.loads(state.read_text()) != identity:
+            if read_json(folder, state.name) != identity:
                 raise UsageError(
                     f"{folder}: the run there has another config or other data, so it cannot be "
                     "resumed - start over with --force, or choose another output_dir"
@@ -216,8 +244,8 @@ def _prepare_folder(
             done = [folder / name for name in (MANIFEST, "metrics.json", "run.json")]
             if all(path.is_file() for path in done):
                 verify(folder)
-                return TrainingResult(folder, *(json.loads(p.read_text()) for p in done[1:]))
-        elif any(folder.iterdir()):
+                return TrainingResult(folder, *(read_json(folder, p.name) for p in done[1:]))
+        elif any(folder.iterdir()) and not removed:
             raise UsageError(
                 f"{folder}: output_dir must be empty or hold a run; got other files - choose another"
             )
@@ -229,19 +257,23 @@ def _prepare_folder(
     return None
 
 
-_RUN_FILES = ("identity.json", "config.yaml", "splits.csv", "metrics.json", "run.json", STANCE_FILE)
+def _remove_run(folder: Path) -> bool:
+    """Remove what a run writes and nothing else, so that --force cannot eat a home folder.
 
-
-def _remove_run(folder: Path) -> None:
-    """Remove what a run writes and nothing else, so that --force cannot eat a home folder."""
-    names = set(_RUN_FILES)
-    if (folder / MANIFEST).is_file():
-        names |= set(json.loads((folder / MANIFEST).read_text())["files"])
-        (folder / MANIFEST).unlink()  # first: what is left is no model any more
+    Returns whether a run was there.
+    """
+    if not any((folder / name).exists() for name in ("identity.json", MANIFEST, CHECKPOINTS)):
+        return False
+    names = {*RUN_FILES, STANCE_FILE, "config.json", "model.safetensors"}
+    # Half a run has no manifest, a damaged one none that can be read.
+    with suppress(CheckpointError, KeyError, TypeError):
+        names |= set(read_json(folder, MANIFEST)["files"])
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: what is left is no model any more
     for name in names:
         (folder / Path(name).name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, _MODEL_STAGING, "report", "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    return True
 
 
 def _checkpoint_to_resume(folder: Path, log: Callable[[str], None]) -> Path | None:
@@ -255,10 +287,10 @@ def _checkpoint_to_resume(folder: Path, log: Callable[[str], None]) -> Path | No
 def _write_inputs(
     folder: Path, config: Config, identity: dict[str, Any], parts: dict[str, list[Statement]]
 ) -> None:
+    write_json(folder / "identity.json", identity)  # first: it makes the folder a run's
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     rows = ({"where": s.where, "id": s.id, "split": split} for split, rows in parts.items() for s in rows)
     write_records(rows, folder / "splits.csv", ["where", "id", "split"])
-    write_json(folder / "identity.json", identity)
 
 
 # --- the trainer -------------------------------------------------------------------------------
@@ -315,7 +347,7 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = load_tokenizer(config.model.encoder, config.model.revision)
-    max_length = input_length(config, tokenizer)
+    max_length = input_length(config, tokenizer, model)
     train_rows = tokenise(parts["train"], tasks, tokenizer, max_length)
     validation = tokenise(parts["validation"], tasks, tokenizer, max_length).sort("length")
     weights = (
@@ -325,6 +357,9 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
     )
     loss = MultiTaskLoss(tasks, weights, settings.label_smoothing_factor)
     patience = settings.early_stopping_patience
+    _check_trackers(settings.report_to)
+    # By default tensorboard logs below checkpoints/, which goes when the run is done.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "logs")
     trainer = Trainer(
         model=model,
         args=_training_arguments(config, use_cpu),
@@ -341,6 +376,18 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress())
     return trainer, loss
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"training.report_to: {name!r} is not installed or unknown{did_you_mean(name, available)} - "
+                f"install it, or choose of: {', '.join(available) or 'none'}"
+            )
 
 
 def _training_arguments(config: Config, use_cpu: bool) -> TrainingArguments:
@@ -381,6 +428,7 @@ def _training_arguments(config: Config, use_cpu: bool) -> TrainingArguments:
         logging_nan_inf_filter=False,
         dataloader_pin_memory=not use_cpu,
         disable_tqdm=True,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on
         save_total_limit=None,  # _Guard keeps the newest two and the best
         **strategy,
     )
@@ -424,9 +472,13 @@ def balanced_weights(
     return weights
 
 
-def input_length(config: Config, tokenizer: Any) -> int:
+def input_length(config: Config, tokenizer: Any, model: Any) -> int:
     """The model's input length in tokens: the config's, or less where the encoder takes less."""
-    return int(min(config.data.max_length, tokenizer.model_max_length))
+    own = model.base_model.config
+    positions = getattr(own, "max_position_embeddings", None) or config.data.max_length
+    if own.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= own.pad_token_id + 1  # their positions begin behind the padding's id
+    return int(min(config.data.max_length, tokenizer.model_max_length, positions))
 
 
 class _Guard(TrainerCallback):
@@ -439,6 +491,10 @@ class _Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.received is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # After a stop in mid-epoch the Trainer ends the epoch early: no evaluation belongs there.
+        if self.received is not None and state.epoch != round(state.epoch):
             control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -639,7 +695,7 @@ def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[
         "stance_version": __version__,
         "tasks": [{"name": t.name, "labels": list(t.labels)} for t in config.task_list],
         "input": "pair: 'speaker' or 'speaker (context)', then the text",
-        "max_length": input_length(config, trainer.processing_class),
+        "max_length": input_length(config, trainer.processing_class, trainer.model),
         "encoder": config.model.encoder,
         "pooling": config.model.pooling,
         "data": identity["data"],
