@@ -1,4 +1,4 @@
-"""Mean over the tokens, first token with the mean, or first token alone: validation figures over seeds.
+"""Mean over the tokens or first token: validation figures over seeds.
 
     python benchmarks/pooling.py --seeds 3 > result.json
 

@@ -166,7 +166,7 @@ def logits_of(model: Any, batch: Any) -> torch.Tensor:
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_a_saved_model_gives_the_same_logits(encoder, pooling, tmp_path):
     tokenizer, model = load_tokenizer(encoder), build(encoder, pooling)
     model.save_pretrained(tmp_path)
@@ -181,7 +181,7 @@ def test_a_saved_model_gives_the_same_logits(encoder, pooling, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_padding_does_not_change_a_row(encoder, pooling):
     tokenizer, model = load_tokenizer(encoder), build(encoder, pooling)
     together = logits_of(model, batch_of(tokenizer, STATEMENTS))
@@ -189,7 +189,7 @@ def test_padding_does_not_change_a_row(encoder, pooling):
     assert torch.allclose(together, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_without_dropout_training_computes_what_inference_does(encoder, pooling):
     batch = batch_of(load_tokenizer(encoder), STATEMENTS)
     still = build(encoder, pooling, hidden_dropout=0.0, classifier_dropout=0.0)
@@ -198,7 +198,7 @@ def test_without_dropout_training_computes_what_inference_does(encoder, pooling)
     assert not torch.equal(logits_of(lively.train(), batch), logits_of(lively.eval(), batch))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_the_encoder_keeps_its_weights(encoder, pooling):
     source = AutoModel.from_pretrained(encoder).state_dict()
     built = build(encoder, pooling).base_model.state_dict()
@@ -220,7 +220,7 @@ def test_mean_pooling_by_hand(encoder):
     assert torch.allclose(logits_of(model, batch), torch.stack(rows), atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_gradient_checkpointing_changes_no_gradient(encoder, pooling):
     batch = batch_of(load_tokenizer(encoder), STATEMENTS)
     gradients = []
@@ -243,7 +243,7 @@ def test_an_unknown_encoder_is_named(tmp_path):
         build_model(ModelConfig(encoder=str(tmp_path / "no-such")), DEFAULT_TASKS)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_and_first", "first"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_an_encoder_with_damaged_weights_is_named(tiny_encoder, pooling, tmp_path):
     for path in Path(tiny_encoder).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -95,7 +95,7 @@ class ModelConfig(_Section):
 
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     revision: str | None = None
-    pooling: Literal["mean", "mean_and_first", "first"] = "mean"
+    pooling: Literal["mean", "first"] = "mean"
     hidden_dropout: Fraction | None = None
     classifier_dropout: Fraction = 0.1
     freeze_embeddings: bool = False

@@ -3,10 +3,9 @@
 Two forms share everything else:
 
 * ``pooling: first``: a stock ``AutoModelForSequenceClassification``, as plain transformers loads it.
-* ``pooling: mean`` and ``mean_and_first``: :class:`StanceForSequenceClassification` below, any stock
-  encoder with the mean over its tokens (and the first token beside it), layer-normalised, under a linear
-  head. Importing this module registers it with transformers' Auto classes; nothing is ever loaded from
-  code in a model folder.
+* ``pooling: mean``: :class:`StanceForSequenceClassification` below, any stock encoder with the mean
+  over its tokens, layer-normalised, under a linear head. Importing this module registers it with
+  transformers' Auto classes; nothing is ever loaded from code in a model folder.
 
 The loss is one cross-entropy per task over its slice of the logits, see :class:`MultiTaskLoss`.
 """
@@ -65,17 +64,15 @@ class StanceConfig(PreTrainedConfig):
     model_type = "stance"
 
     encoder: dict[str, Any] | None = None
-    pooling: str = "mean"
     classifier_dropout: float = 0.1
     initializer_range: float = 0.02
 
 
 class StanceForSequenceClassification(PreTrainedModel):
-    """A stock encoder, pooled token vectors, layer norm without weights, a linear head.
+    """A stock encoder, the mean over its tokens, layer norm without weights, a linear head.
 
-    Mean pooling as in Sentence-BERT (Reimers and Gurevych 2019); ``mean_and_first`` sets the first
-    token's vector beside it. The norm makes a pooled vector's scale independent of how much the tokens
-    agree.
+    Mean pooling as in Sentence-BERT (Reimers and Gurevych 2019). The norm makes the pooled vector's
+    scale independent of how much the tokens agree.
     """
 
     config_class = StanceConfig
@@ -100,8 +97,7 @@ class StanceForSequenceClassification(PreTrainedModel):
         )
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(config.classifier_dropout)
-        parts = 2 if config.pooling == "mean_and_first" else 1
-        self.classifier = nn.Linear(parts * encoder_config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(encoder_config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(
@@ -126,9 +122,6 @@ class StanceForSequenceClassification(PreTrainedModel):
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         pooled = nn.functional.layer_norm(mean, mean.shape[-1:])
-        if self.config.pooling == "mean_and_first":
-            first = nn.functional.layer_norm(hidden[:, 0], mean.shape[-1:])
-            pooled = torch.cat([pooled, first], dim=-1)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
 
@@ -217,7 +210,6 @@ def build_model(
         )
     stance_config = StanceConfig(
         encoder=encoder_config.to_dict() | {"_name_or_path": config.encoder},
-        pooling=config.pooling,
         classifier_dropout=config.classifier_dropout,
         pad_token_id=encoder_config.pad_token_id,
         **labels,
