@@ -1,4 +1,4 @@
-"""Train from a file, as torchrun and accelerate need it: ``python scripts/train.py CONFIG ...``.
+"""Train from a file, without the console script: ``python scripts/train.py CONFIG ...``.
 
 The same as ``stance train CONFIG ...``.
 """

@@ -43,6 +43,24 @@ def test_the_default_config_names_every_key():
     assert set(keys(written)) == set(keys(every))
 
 
+def test_the_default_config_holds_the_defaults():
+    written = load_config(ROOT / "configs" / "default.yaml").model_dump(mode="json")
+    defaults = Config.model_validate({"output_dir": "x", "data": {"files": ["x"]}}).model_dump(mode="json")
+    written["output_dir"], written["data"]["files"] = "x", ["x"]
+    assert written["data"]["split"].pop("column") == "split"  # as its comment says, the corpus' own
+    assert defaults["data"]["split"].pop("column") is None
+    assert written == defaults
+
+
+def test_nothing_is_left_to_fill_in():
+    for path in [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "data/annotations").glob("*.md"),
+    ]:
+        assert not re.search(r"\bFIG|TODO|XXX", path.read_text(encoding="utf-8")), path.name
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, trained):
     """A folder as a new user has it after ``make train``, with files of their own."""
@@ -50,7 +68,10 @@ def workplace(tmp_path_factory, trained):
     shutil.copytree(trained, folder / "runs" / "default")
     shutil.copytree(ROOT / "configs", folder / "configs")
     rows = corpus_rows()
-    write_jsonl(folder / "my_annotations.jsonl", rows)
+    # The README asks for a text and a label alone; agreement needs annotators.
+    needed = ("text", "speaker", "dialogue", "conflict", "sentiment", "annotators")
+    write_jsonl(folder / "my_annotations.jsonl", [{k: row[k] for k in needed} for row in rows])
+    write_jsonl(folder / "held_out.jsonl", corpus_rows(40, seed=1))
     quotes = [{"speaker": r["speaker"], "text": r["text"], "source": "wire"} for r in rows[:20]]
     write_jsonl(folder / "quotes.jsonl", quotes)
     lines = ["speaker,text,source", *(f'{q["speaker"]},"{q["text"]}",wire' for q in quotes)]

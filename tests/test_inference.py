@@ -448,3 +448,12 @@ def test_loading_changes_nothing(folder):
     before = {p.name: sha256(p) for p in folder.iterdir()}
     load(folder).predict(["war"])
     assert {p.name: sha256(p) for p in folder.iterdir()} == before
+
+
+def test_what_a_run_writes_beside_the_model_does_no_harm(trained, tmp_path):
+    """The summary of several seeds and a report may lie in the run's folder."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder)
+    for name in ("seeds.json", "report.json"):
+        (folder / name).write_text("{}")
+    assert stance.load(folder).predict(["we will meet"])

@@ -73,7 +73,8 @@ def audit(
     """Read annotated files and say everything that is wrong or doubtful about them.
 
     Args:
-        split_column: the column that names a row's split; leakage across splits is then an error.
+        split_column: the column that names a row's split, by default ``split`` if every row has one;
+            leakage across splits is then an error.
         token_count: gives each statement's length in tokens, to find texts beyond ``max_length``.
 
     Raises:
@@ -93,6 +94,8 @@ def audit(
             findings += [Finding("error", "file", *_split_where(p, path)) for p in error.problems]
     if not statements and not findings:
         findings.append(Finding("error", "empty", ", ".join(paths), "no rows - give annotated statements"))
+    if split_column is None and statements and all(s.fields.get("split") for s in statements):
+        split_column = "split"
     findings += _ids(statements)
     findings += _annotators(statements, tasks)
     findings += _duplicates(statements, tasks, split_column)
@@ -247,7 +250,7 @@ def _lengths(
         if tokens > max_length:
             yield Finding(
                 "warning", "long", s.where,
-                f"{tokens} tokens, more than the model's {max_length}: the end is cut in training - "
+                f"{tokens} tokens, more than the model's {max_length}: the end is cut - "
                 "shorten the text or raise data.max_length",
             )  # fmt: skip
 

@@ -90,12 +90,11 @@ def _fit_predict(name: str, features: tuple[Any, Any], y: IntArray) -> IntArray:
 def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
     """Mean-pooled token embeddings of the frozen encoder, shape [lines, width]."""
     import torch
-    from transformers import AutoModel
 
-    from stance.model import load_tokenizer, resolve_encoder
+    from stance.model import load_encoder, load_tokenizer
 
     tokenizer = load_tokenizer(encoder)
-    model = AutoModel.from_pretrained(resolve_encoder(encoder), trust_remote_code=False).eval()
+    model = load_encoder(encoder).eval()
     length = int(min(128, tokenizer.model_max_length))
     order = np.argsort([len(line) for line in lines])
     result: NDArray[np.float32] = np.zeros((len(lines), model.config.hidden_size), dtype=np.float32)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "RUN_FILES",
     "STANCE_FILE",
     "check_model_folder",
+    "checkpoint_step",
     "newest_verified",
     "read_json",
     "replace_folder",
@@ -36,7 +37,15 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 STANCE_FILE = "stance.json"
-RUN_FILES = ("identity.json", "config.yaml", "splits.csv", "metrics.json", "run.json")
+RUN_FILES = (
+    "identity.json",
+    "config.yaml",
+    "splits.csv",
+    "metrics.json",
+    "run.json",
+    "seeds.json",
+    "report.json",
+)
 """What a run writes beside the model; never read when a model is loaded."""
 _READ_UNASKED = {".json", ".jinja", ".model", ".safetensors"}
 """Files of these kinds may be read by transformers if they only lie in the folder."""
@@ -60,9 +69,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
-    """Write the sums of ``files`` (default: every file of the folder), after they are on the disk."""
-    names = sorted(files) if files is not None else sorted(p.name for p in folder.iterdir())
+def write_manifest(folder: Path) -> None:
+    """Write the sums of every file of the folder, after they are on the disk."""
+    names = sorted(p.name for p in folder.iterdir())
     entries = {}
     for name in names:
         path = folder / name
@@ -167,7 +176,7 @@ def check_model_folder(folder: Path) -> tuple[dict[str, Any], tuple[Task, ...]]:
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint below ``folder``, and why newer ones were passed over."""
     passed: list[str] = []
-    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for path in sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True):
         try:
             verify(path)
             return path, passed
@@ -176,7 +185,8 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def _step(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
+    """Return the step in the name of ``checkpoint-<step>``; -1 for other names."""
     number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1
 

@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_EPILOG = "Exit codes: 0 ok, 1 failed at run time, 2 usage or config, 3 data, 4 gate failed, 130/143 stopped."
+_EPILOG = "Exit codes: 0 ok, 1 failed at run time, 2 usage or config, 3 data, 130/143 stopped."
 
 SetOption = Annotated[
     list[str] | None,
@@ -171,20 +171,22 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
     from stance.training import train as run_training
 
     result = run_training(config, resume=resume, force=force, log=say)
-    if not result.run["is_main_process"]:
-        return {}
     report = _held_out_report(config, result, baselines=baselines)
     from stance.evaluation import table
 
     print(f"\n{report['split']} split, {report['n']} statements\n")
     print(table(report["scores"], report.get("baselines")))
-    for name, entry in report.get("groups", {}).items():
-        print(f"{name} groups wholly right: {entry['right']} of {entry['n']} ({entry['share']:.0%})")
+    _print_groups(report)
     if report["examples"]:
         print("\nexamples")
         print("\n".join(f"  {line}" for line in report["examples"]))
     print(f"\nmodel: {result.output_dir}")
     return report
+
+
+def _print_groups(report: dict[str, Any]) -> None:
+    for name, entry in report.get("groups", {}).items():
+        print(f"{name} groups wholly right: {entry['right']} of {entry['n']} ({entry['share']:.0%})")
 
 
 def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool) -> dict[str, Any]:
@@ -220,9 +222,7 @@ def _print_seeds(results: dict[int, dict[str, Any]], folder: Path) -> None:
 
     from stance.checkpoint import write_json
 
-    reports = [r for r in results.values() if r]
-    if not reports:
-        return
+    reports = list(results.values())
     summary: dict[str, Any] = {"seeds": list(results), "scores": {}}
     print(f"\n{len(reports)} seeds: mean and standard deviation of {reports[0]['split']} figures")
     for task, first in reports[0]["scores"].items():
@@ -392,8 +392,7 @@ def evaluate(
         print(json.dumps({k: v for k, v in report.items() if k != "predictions"}, indent=2))
         return
     print(table(report["scores"]))
-    for name, entry in report.get("groups", {}).items():
-        print(f"{name} groups wholly right: {entry['right']} of {entry['n']} ({entry['share']:.0%})")
+    _print_groups(report)
 
 
 @app.command(epilog=_EPILOG)

@@ -96,20 +96,20 @@ class ModelConfig(_Section):
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     revision: str | None = None
     pooling: Literal["mean", "first"] = "mean"
-    hidden_dropout: Fraction | None = None
+    hidden_dropout: Fraction | None = 0.0
     classifier_dropout: Fraction = 0.1
-    freeze_embeddings: bool = False
+    freeze_embeddings: bool = True
 
 
 class TrainingConfig(_Section):
     """The recipe; names as in transformers' TrainingArguments."""
 
-    num_train_epochs: PositiveFloat = 6.0
+    num_train_epochs: PositiveFloat = 5.0
     per_device_train_batch_size: Positive = 32
     per_device_eval_batch_size: Positive = 128
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: PositiveFloat = 2e-4
     classifier_learning_rate: PositiveFloat | None = None
     weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.01
     warmup_ratio: Fraction = 0.1
@@ -203,7 +203,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error} - give a YAML file in UTF-8") from None
     try:
         tree = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error} - mend the line named") from None
     if not isinstance(tree, dict):
         got = "nothing" if tree is None else type(tree).__name__
@@ -252,7 +252,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {parent!r} is not a section - see configs/default.yaml")
     try:
         tree[last] = yaml.load(value, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 

@@ -123,8 +123,8 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
             value = _column(s, config.group_by)
             if value:
                 keys["by", str(value)].append(i)
-    # The default column may be missing; a column that was asked for must be there.
-    asked = "group_by" in config.model_fields_set
+    # The default column may be missing; any other that was asked for must be there.
+    asked = config.group_by != type(config).model_fields["group_by"].default
     if config.group_by and asked and not any(kind == "by" for kind, _ in keys):
         known = sorted({key for s in statements for key in s.fields} | {"speaker", "context", "id"})
         raise DataError(

@@ -4,7 +4,6 @@
     |- ConfigError        2  a config file or an option is wrong
     |- UsageError         2  a call is wrong: a missing file, an output that exists already
     |- DataError          3  rows are wrong; carries every problem found
-    |- GateError          4  a quality gate failed
     |- CheckpointError    1  a model folder is missing, damaged, unsafe or of another format
     |- TrainingError      1  training cannot go on: a loss or weight that is not finite, a full disk
     `- Interrupted  128 + n  stopped by signal n after saving (143 SIGTERM, 130 Ctrl-C)
@@ -21,7 +20,6 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
-    "GateError",
     "Interrupted",
     "StanceError",
     "TrainingError",
@@ -60,12 +58,6 @@ class DataError(_Collected):
     """Rows that cannot be used; ``problems`` holds every one found."""
 
     exit_code = 3
-
-
-class GateError(StanceError):
-    """A result that is not good enough to be kept."""
-
-    exit_code = 4
 
 
 class CheckpointError(StanceError):

@@ -178,5 +178,6 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
             f"{folder}: cannot be made: {error.strerror} - choose another place for the report"
         ) from None
     predictions = report.get("predictions", [])
-    write_json(folder / "report.json", {k: v for k, v in report.items() if k != "predictions"})
     write_records(predictions, folder / "predictions.jsonl", [])
+    # Last: its being there says that the report is whole.
+    write_json(folder / "report.json", {k: v for k, v in report.items() if k != "predictions"})

@@ -48,6 +48,7 @@ __all__ = [
     "build_model",
     "encode_pairs",
     "has_fast_bf16",
+    "load_encoder",
     "load_tokenizer",
     "quiet_transformers",
     "resolve_encoder",
@@ -177,6 +178,16 @@ def load_tokenizer(encoder: str, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
+def load_encoder(encoder: str, **options: Any) -> PreTrainedModel:
+    """Return the pretrained encoder without a head, in fp32.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    model: PreTrainedModel = _from_pretrained(AutoModel, encoder, dtype=torch.float32, **options)
+    return model
+
+
 def build_model(
     config: ModelConfig, tasks: Sequence[Task], attn_implementation: str | None = None
 ) -> PreTrainedModel:
@@ -216,7 +227,12 @@ def build_model(
     )
     stance_config._attn_implementation = attn_implementation
     model = StanceForSequenceClassification(stance_config)
-    source = _from_pretrained(AutoModel, config.encoder, config=encoder_config, **options)
+    source = load_encoder(
+        config.encoder,
+        config=encoder_config,
+        revision=config.revision,
+        attn_implementation=attn_implementation,
+    )
     model.encoder.load_state_dict(
         {k: v for k, v in source.state_dict().items() if k in model.encoder.state_dict()}
     )
@@ -258,8 +274,7 @@ def task_slices(tasks: Sequence[Task]) -> dict[str, slice]:
 class MultiTaskLoss:
     """The mean cross-entropy over all annotated cells of a batch: one softmax per task.
 
-    A cell (row, task) without a label counts for nothing. Under gradient accumulation and on several
-    devices the sum is divided by the number of annotated cells of the whole step
+    A cell (row, task) without a label counts for nothing. Under gradient accumulation the sum is divided by the number of annotated cells of the whole step
     (``num_items_in_batch``), so a step is the same however it is cut up.
 
     Args:
@@ -311,9 +326,12 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware: CUDA from Ampere, AMX, AVX512-BF16."""
-    if torch.cuda.is_available():
+def has_fast_bf16(*, cpu: bool = False) -> bool:
+    """Whether the GPU (or, with ``cpu``, the processor) multiplies bf16 matrices in hardware.
+
+    That is CUDA from Ampere on, AMX and AVX512-BF16.
+    """
+    if torch.cuda.is_available() and not cpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if platform.machine() in ("arm64", "aarch64"):
         return False

@@ -72,7 +72,7 @@ def expand_files(patterns: Iterable[str | Path]) -> list[str]:
         if pattern == "-" or path.is_file():
             found = [pattern]
         elif path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in FORMATS and p.is_file())
+            found = sorted(str(p) for p in path.iterdir() if _holds_rows(p))
             if not found:
                 raise UsageError(f"{pattern}: the folder holds no {', '.join(FORMATS)} file")
         else:
@@ -88,6 +88,12 @@ def expand_files(patterns: Iterable[str | Path]) -> list[str]:
                 )
         files += [f for f in found if os.path.realpath(f) not in {os.path.realpath(x) for x in files}]
     return files
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a folder's file is meant: tables, no hidden files, no texts such as a README.txt."""
+    kind = FORMATS.get(path.suffix.lower(), "text")
+    return kind != "text" and not path.name.startswith(".") and path.is_file()
 
 
 def read_records(path: str | Path, format: str | None = None) -> Iterator[Record]:

@@ -31,6 +31,7 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -43,6 +44,7 @@ from stance.checkpoint import (
     MANIFEST,
     RUN_FILES,
     STANCE_FILE,
+    checkpoint_step,
     newest_verified,
     read_json,
     replace_folder,
@@ -130,8 +132,8 @@ def train(
         return finished
     checkpoint = _checkpoint_to_resume(folder, log) if resume else None
     try:
-        _write_inputs(folder, config, identity, parts)
         trainer, loss = build_trainer(config, parts)
+        _write_inputs(folder, config, identity, parts)
         log(
             f"training on {len(parts['train']):,} statements, validating on {len(parts['validation']):,}, "
             f"testing on {len(parts['test']):,}; {trainer.args.device.type}, "
@@ -158,8 +160,7 @@ def train(
                 f"{folder}: writing failed: {error} - free space, then go on with --resume"
             ) from error
         raise
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return TrainingResult(folder, metrics, run)
 
 
@@ -340,7 +341,7 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
     set_seed(settings.seed)
     use_cpu = settings.use_cpu or not torch.cuda.is_available()
     # On CPU, eager attention beats sdpa for short statements in training: sdpa's bf16 backward is
-    # slow there (benchmarks/training.py measures it).
+    # slow there (300 against 390 ms a step of 32, torch 2.13, AVX512-BF16).
     model = build_model(config.model, tasks, "eager" if use_cpu else None)
     if config.model.freeze_embeddings:
         model.get_input_embeddings().weight.requires_grad_(False)
@@ -349,7 +350,8 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
     tokenizer = load_tokenizer(config.model.encoder, config.model.revision)
     max_length = input_length(config, tokenizer, model)
     train_rows = tokenise(parts["train"], tasks, tokenizer, max_length)
-    validation = tokenise(parts["validation"], tasks, tokenizer, max_length).sort("length")
+    validation = tokenise(parts["validation"], tasks, tokenizer, max_length)
+    validation = validation.select(np.argsort(validation["length"], kind="stable"))
     weights = (
         balanced_weights(label_ids(parts["train"], tasks), tasks)
         if settings.class_weights == "balanced"
@@ -392,7 +394,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 def _training_arguments(config: Config, use_cpu: bool) -> TrainingArguments:
     settings = config.training
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16())
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16(cpu=use_cpu))
     strategy = (
         {"save_strategy": "epoch", "eval_strategy": "epoch"}
         if settings.save_steps is None
@@ -403,7 +405,7 @@ def _training_arguments(config: Config, use_cpu: bool) -> TrainingArguments:
             "eval_steps": settings.save_steps,
         }
     )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(config.output_dir) / CHECKPOINTS),
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -432,6 +434,9 @@ def _training_arguments(config: Config, use_cpu: bool) -> TrainingArguments:
         save_total_limit=None,  # _Guard keeps the newest two and the best
         **strategy,
     )
+    # With several GPUs the Trainer would multiply the batch (DataParallel): one process, one device.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _optimizer(model: Any, config: Config) -> torch.optim.Optimizer:
@@ -509,17 +514,15 @@ class _Guard(TrainerCallback):
                 f"step {state.global_step}: weights are not finite, first {bad[0]} - the last good "
                 f"checkpoint is kept; lower training.learning_rate"
             )
-        if not state.is_world_process_zero:
-            return
         path = self.folder / f"checkpoint-{state.global_step}"
         (path / "training_args.bin").unlink(missing_ok=True)
         write_manifest(path)
         keep = {
             state.best_global_step,
-            *sorted(map(_step_of, self.folder.glob("checkpoint-*")))[-2:],
+            *sorted(map(checkpoint_step, self.folder.glob("checkpoint-*")))[-2:],
         }
         for other in self.folder.glob("checkpoint-*"):
-            if _step_of(other) not in keep:
+            if checkpoint_step(other) not in keep:
                 (other / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint is none
                 shutil.rmtree(other)
 
@@ -538,7 +541,7 @@ class _Progress(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
+        if True:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", desc="train",
                 file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10.0,
@@ -567,22 +570,50 @@ class _Progress(TrainerCallback):
             self.bar.close()
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
 def _run(trainer: Trainer, loss: MultiTaskLoss, folder: Path, checkpoint: Path | None) -> None:
     guard = _Guard(folder / CHECKPOINTS, loss)
     trainer.add_callback(guard)
+    if checkpoint and _stopped_early(checkpoint, trainer):
+        return
     with _signals(guard):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if guard.received is not None and trainer.state.global_step < trainer.state.max_steps:
+    # Early stopping ends before max_steps too: then nothing is left to resume.
+    early = any(_has_run_out(c) for c in trainer.callback_handler.callbacks)
+    if guard.received is not None and not early and trainer.state.global_step < trainer.state.max_steps:
         name = signal.Signals(guard.received).name
         raise Interrupted(
             f"{folder}: stopped by {name} at step {trainer.state.global_step} of "
             f"{trainer.state.max_steps}; all is saved - go on with --resume",
             guard.received,
         )
+
+
+def _has_run_out(callback: Any) -> bool:
+    """Whether a callback is early stopping that has lost its patience."""
+    return (
+        isinstance(callback, EarlyStoppingCallback)
+        and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    )
+
+
+def _stopped_early(checkpoint: Path, trainer: Trainer) -> bool:
+    """Whether early stopping ended the run at this checkpoint; then take its state as it is.
+
+    The Trainer itself would train on from there.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    entry: Any = state.stateful_callbacks.get("EarlyStoppingCallback") or {}
+    entries = entry if isinstance(entry, list) else [entry]
+    counters = [e.get("attributes", {}).get("early_stopping_patience_counter", 0) for e in entries]
+    patience = [
+        c.early_stopping_patience
+        for c in trainer.callback_handler.callbacks
+        if isinstance(c, EarlyStoppingCallback)
+    ]
+    if not patience or max(counters, default=0) < patience[0]:
+        return False
+    trainer.state = state
+    return True
 
 
 @contextmanager
@@ -665,8 +696,7 @@ def _run_record(
     )
     device = trainer.args.device
     return {
-        "is_main_process": trainer.is_world_process_zero(),
-        "command": sys.argv,
+        "command": ["stance", *sys.argv[1:]],
         "stance_version": __version__,
         **identity,
         "rows": {name: len(rows) for name, rows in parts.items()},
