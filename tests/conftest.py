@@ -109,7 +109,7 @@ def make_config(tmp_path: Path, tiny_encoder: str, corpus: Path) -> Callable[...
         tree: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
             "data": {"files": [str(corpus)], "max_length": 48},
-            "model": {"encoder": tiny_encoder},
+            "model": {"encoder": tiny_encoder, "freeze_embeddings": False},
             "training": {
                 "num_train_epochs": 2.0,
                 "per_device_train_batch_size": 16,
@@ -142,7 +142,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: str) -> Path
         {
             "output_dir": str(folder / "run"),
             "data": {"files": [str(data)], "max_length": 48},
-            "model": {"encoder": tiny_encoder},
+            "model": {"encoder": tiny_encoder, "freeze_embeddings": False},
             "training": {
                 "num_train_epochs": 3.0,
                 "per_device_train_batch_size": 16,

@@ -73,8 +73,7 @@ def audit(
     """Read annotated files and say everything that is wrong or doubtful about them.
 
     Args:
-        split_column: the column that names a row's split, by default ``split`` if every row has one;
-            leakage across splits is then an error.
+        split_column: the column that names a row's split; leakage across splits is then an error.
         token_count: gives each statement's length in tokens, to find texts beyond ``max_length``.
 
     Raises:
@@ -94,8 +93,6 @@ def audit(
             findings += [Finding("error", "file", *_split_where(p, path)) for p in error.problems]
     if not statements and not findings:
         findings.append(Finding("error", "empty", ", ".join(paths), "no rows - give annotated statements"))
-    if split_column is None and statements and all(s.fields.get("split") for s in statements):
-        split_column = "split"
     findings += _ids(statements)
     findings += _annotators(statements, tasks)
     findings += _duplicates(statements, tasks, split_column)

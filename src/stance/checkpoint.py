@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the sums of every file of the folder, after they are on the disk."""
-    names = sorted(p.name for p in folder.iterdir())
+def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
+    """Write the sums of ``files`` (default: every file of the folder), after they are on the disk."""
+    names = sorted(files) if files is not None else sorted(p.name for p in folder.iterdir())
     entries = {}
     for name in names:
         path = folder / name
