@@ -102,7 +102,7 @@ def train_in(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: str) -> Cal
         tree = {
             "output_dir": str(folder / "run"),
             "data": {"files": [str(data)], "max_length": 48},
-            "model": {"encoder": tiny_encoder},
+            "model": {"encoder": tiny_encoder, "freeze_embeddings": False},
             "training": recipe | training,
         }
         return train(Config.model_validate(tree), log=quietly)
