@@ -239,8 +239,9 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
                 text = io.TextIOWrapper(handle, encoding="utf-8", newline="", write_through=True)
                 count = _write(rows, text, kind, columns)
                 text.flush()
-                os.fsync(handle.fileno())
                 text.detach()
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(partial, target)
         return count
     except UnicodeEncodeError:

@@ -541,11 +541,10 @@ class _Progress(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if True:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", desc="train",
-                file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            )  # fmt: skip
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", desc="train",
+            file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
