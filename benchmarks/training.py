@@ -140,7 +140,10 @@ def run_stock(
     set_seed(settings.seed)
     model = build_model(config.model.model_copy(update={"pooling": "first"}), tasks)
     tokenizer = load_tokenizer(config.model.encoder)
-    rows = [tokenise(part, tasks, tokenizer, 128).remove_columns("length") for part in (train, validation)]
+    rows = [
+        tokenise(part, tasks, tokenizer, 128, mark_speaker=True).remove_columns("length")
+        for part in (train, validation)
+    ]
     collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=128)
     arguments = TrainingArguments(
         output_dir=str(Path(config.output_dir) / "stock"),

@@ -333,7 +333,7 @@ def test_tokenised_rows_carry_their_labels_and_lengths(tiny_encoder):
         Statement("we will meet", speaker="the envoy", labels={"dialogue": "favor"}),
         Statement("war " * 100, labels={"conflict": "none"}),
     ]
-    data = tokenise(statements, DEFAULT_TASKS, load_tokenizer(tiny_encoder), 16)
+    data = tokenise(statements, DEFAULT_TASKS, load_tokenizer(tiny_encoder), 16, mark_speaker=True)
     none = NOT_ANNOTATED
     assert data["labels"][:] == [[2, none, none], [none, 1, none]]
     assert data["length"][:] == [len(ids) for ids in data["input_ids"]]

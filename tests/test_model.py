@@ -158,7 +158,9 @@ def build(encoder: str, pooling: str, **settings: Any) -> Any:
 
 
 def batch_of(tokenizer: Any, statements: Any) -> Any:
-    return tokenizer.pad(dict(encode_pairs(tokenizer, statements, 48)), return_tensors="pt")
+    return tokenizer.pad(
+        dict(encode_pairs(tokenizer, statements, 48, mark_speaker=False)), return_tensors="pt"
+    )
 
 
 def logits_of(model: Any, batch: Any) -> torch.Tensor:
@@ -264,7 +266,10 @@ def test_a_trained_model_is_no_encoder(trained):
 def test_context_joins_the_speaker_and_the_longer_segment_is_cut(tiny_encoder):
     tokenizer = load_tokenizer(tiny_encoder)
     encoded = encode_pairs(
-        tokenizer, [("the envoy", "asked again", "war"), ("the envoy", "", "talk " * 50)], 12
+        tokenizer,
+        [("the envoy", "asked again", "war"), ("the envoy", "", "talk " * 50)],
+        12,
+        mark_speaker=False,
     )
     first, second = (tokenizer.decode(ids) for ids in encoded["input_ids"])
     assert first == "[CLS] the envoy ( asked again ) [SEP] war [SEP]"

@@ -400,7 +400,9 @@ def test_one_label_alone_is_not_trained(make_config, tmp_path):
 def grouped(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     data = write_jsonl(tmp_path_factory.mktemp("rows") / "corpus.jsonl", corpus_rows())
     config = Config.model_validate({"output_dir": "-", "data": {"files": [str(data)]}})
-    rows = tokenise(load_parts(config)["train"], DEFAULT_TASKS, load_tokenizer(tiny_encoder), 48)
+    rows = tokenise(
+        load_parts(config)["train"], DEFAULT_TASKS, load_tokenizer(tiny_encoder), 48, mark_speaker=True
+    )
     return lambda batch_size=8, seed=3: LengthGroupedRows(rows, batch_size, seed)
 
 

@@ -288,7 +288,10 @@ def _token_counter(config: Config) -> Any:
         quiet_transformers()
         tokenizer = load_tokenizer(config.model.encoder, config.model.revision)
         pairs = [(s.speaker, s.context, s.text) for s in statements]
-        return [len(ids) for ids in encode_pairs(tokenizer, pairs, 1_000_000)["input_ids"]] if pairs else []
+        if not pairs:
+            return []
+        mark = config.model.mark_speaker
+        return [len(ids) for ids in encode_pairs(tokenizer, pairs, 1_000_000, mark_speaker=mark)["input_ids"]]
 
     return count
 

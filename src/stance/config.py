@@ -96,6 +96,7 @@ class ModelConfig(_Section):
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
     revision: str | None = None
     pooling: Literal["mean", "first"] = "mean"
+    mark_speaker: bool = True
     hidden_dropout: Fraction | None = 0.0
     classifier_dropout: Fraction = 0.1
     freeze_embeddings: bool = True

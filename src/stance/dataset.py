@@ -207,13 +207,16 @@ def tokenise(
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    *,
+    mark_speaker: bool,
 ) -> datasets.Dataset:
     """Return the tokenised rows with ``labels`` of shape [tasks] and ``length`` in tokens."""
     import datasets
 
     from stance.model import encode_pairs
 
-    encoded = dict(encode_pairs(tokenizer, [(s.speaker, s.context, s.text) for s in statements], max_length))
+    triples = [(s.speaker, s.context, s.text) for s in statements]
+    encoded = dict(encode_pairs(tokenizer, triples, max_length, mark_speaker=mark_speaker))
     encoded["labels"] = label_ids(statements, tasks).tolist()
     encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     return datasets.Dataset.from_dict(encoded)

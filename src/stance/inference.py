@@ -170,7 +170,10 @@ class Classifier:
         if not rows:
             return logits
         encoded = encode_pairs(
-            self._tokenizer, [(r.speaker, r.context, r.text) for r in rows], self._max_length
+            self._tokenizer,
+            [(r.speaker, r.context, r.text) for r in rows],
+            self._max_length,
+            mark_speaker=self.meta.get("mark_speaker") is True,
         )
         order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
         with torch.inference_mode():

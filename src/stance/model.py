@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from stance.errors import CheckpointError
 from stance.labels import NOT_ANNOTATED, Task
+from stance.template import segments
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -250,15 +251,18 @@ _DROPOUT_KEYS = (
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, statements: Sequence[tuple[str, str, str]], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    statements: Sequence[tuple[str, str, str]],
+    max_length: int,
+    *,
+    mark_speaker: bool,
 ) -> BatchEncoding:
-    """Tokenise (speaker, context, text) as the pair (speaker, text), without padding.
+    """Tokenise (speaker, context, text) as a pair of :func:`stance.template.segments`, without padding.
 
-    A context joins the speaker in the first segment: ``"speaker (context)"``. The longer segment is
-    cut first where a statement has more than ``max_length`` tokens.
+    The longer segment is cut first where a statement has more than ``max_length`` tokens.
     """
-    first = [f"{speaker} ({context})" if context else speaker for speaker, context, _ in statements]
-    second = [text for _, _, text in statements]
+    pairs = [segments(*statement, mark_speaker=mark_speaker) for statement in statements]
+    first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return tokenizer(first, second, truncation="longest_first", max_length=max_length, padding=False)
 
 

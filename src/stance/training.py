@@ -349,8 +349,9 @@ def build_trainer(config: Config, parts: dict[str, list[Statement]]) -> tuple[Tr
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = load_tokenizer(config.model.encoder, config.model.revision)
     max_length = input_length(config, tokenizer, model)
-    train_rows = tokenise(parts["train"], tasks, tokenizer, max_length)
-    validation = tokenise(parts["validation"], tasks, tokenizer, max_length)
+    mark = config.model.mark_speaker
+    train_rows = tokenise(parts["train"], tasks, tokenizer, max_length, mark_speaker=mark)
+    validation = tokenise(parts["validation"], tasks, tokenizer, max_length, mark_speaker=mark)
     validation = validation.select(np.argsort(validation["length"], kind="stable"))
     weights = (
         balanced_weights(label_ids(parts["train"], tasks), tasks)
@@ -723,10 +724,12 @@ def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[
         "format": FORMAT,
         "stance_version": __version__,
         "tasks": [{"name": t.name, "labels": list(t.labels)} for t in config.task_list],
-        "input": "pair: 'speaker' or 'speaker (context)', then the text",
+        "input": "pair: 'speaker' or 'speaker (context)', then the text, mentions of the speaker between | | "
+        "if mark_speaker",
         "max_length": input_length(config, trainer.processing_class, trainer.model),
         "encoder": config.model.encoder,
         "pooling": config.model.pooling,
+        "mark_speaker": config.model.mark_speaker,
         "data": identity["data"],
         "config_sha256": identity["config_sha256"],
     }
