@@ -65,7 +65,7 @@ from stance.errors import (
     UsageError,
     did_you_mean,
 )
-from stance.labels import NOT_ANNOTATED, Task, derives_stance
+from stance.labels import CODEBOOK_VERSION, NOT_ANNOTATED, Task, derives_stance
 from stance.metrics import mean_macro_f1, scores_of_all
 from stance.model import (
     MultiTaskLoss,
@@ -727,6 +727,7 @@ def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[
         "max_length": input_length(config, trainer.processing_class, trainer.model),
         "encoder": config.model.encoder,
         "pooling": config.model.pooling,
+        "codebook": CODEBOOK_VERSION,
         "data": identity["data"],
         "config_sha256": identity["config_sha256"],
     }

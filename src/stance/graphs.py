@@ -1,0 +1,293 @@
+"""Graphs for other runtimes: ONNX by torch's exporter, OpenVINO from ONNX, and int8 of both.
+
+A graph takes ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids``, each
+int64 of shape [batch, sequence], and gives ``logits`` of shape [batch, labels]. Temperatures are not
+in it. Everything that the libraries print is kept off standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stance.errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Batch = Mapping[str, NDArray[np.int64]]
+    Run = Callable[[Batch], NDArray[np.float64]]
+
+__all__ = ["OPSET", "needs", "onnx_int8", "openvino_graph", "run_onnx", "run_openvino", "run_torch", "to_onnx"]
+
+OPSET = 18
+"""The lowest that torch's exporter writes; runtimes of the last years read it."""
+_CALIBRATION_BATCHES = 12
+
+
+def needs(format: str, *, int8: bool) -> None:
+    """Check that the libraries of a format are installed.
+
+    Raises:
+        UsageError: with the command that installs them.
+    """
+    from importlib.util import find_spec
+
+    modules = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "transformers": []}
+    modules["openvino"] = [*modules["onnx"], "openvino", *(["nncf"] if int8 else [])]
+    missing = [name for name in modules[format] if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"--format {format}: {', '.join(missing)} must be installed - pip install 'stance[export]'"
+        )
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model: Any, inputs: Sequence[str]):
+        super().__init__()
+        self.model, self.inputs = model, tuple(inputs)
+
+    def forward(self, *values: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**dict(zip(self.inputs, values, strict=True))).logits
+        return logits
+
+
+def to_onnx(model: Any, path: Path, inputs: Sequence[str]) -> None:
+    """Write a model in eval mode with eager attention as one ONNX file, the same bytes every time.
+
+    Raises:
+        ExportError: torch cannot export this architecture.
+    """
+    import onnx
+
+    example = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in inputs)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Logits(model.eval(), inputs),
+                example,
+                input_names=list(inputs),
+                output_names=["logits"],
+                dynamic_shapes={"values": tuple(axes for _ in inputs)},
+                opset_version=OPSET,
+                dynamo=True,
+            )
+            if program is None:
+                raise RuntimeError("torch gave no program")
+            graph = program.model_proto
+    except Exception as error:  # torch.export has many kinds
+        raise ExportError(f"onnx: the graph cannot be made: {_first_line(error)}") from error
+    # Stack traces of this machine stand in there, and nothing that a runtime reads.
+    for node in _nodes(graph):
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.graph.metadata_props[:]
+    for value in [*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer]:
+        del value.metadata_props[:]
+        value.doc_string = ""
+    onnx.save(graph, str(path))
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    yield from graph.graph.node
+    for function in graph.functions:
+        del function.metadata_props[:]
+        yield from function.node
+
+
+def onnx_int8(source: Path, target: Path, calibration: Sequence[Batch]) -> Iterator[str]:
+    """Write int8 graphs to ``target``, one scheme after the other, the cheapest first.
+
+    Yields:
+        The name of each scheme after its graph is written; stop when one is good enough.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import quantize_dynamic as dynamic
+
+    # Signed weights of 8 bits overflow on processors without VNNI, silently: 7 bits do not.
+    options = {"weight_type": QuantType.QInt8, "reduce_range": True}
+    with tempfile_beside(target) as prepared:
+        _prepare(source, prepared)
+        matrices = _matrix_products(prepared)
+        ends = [*matrices[:2], *matrices[-2:]]
+        tries: list[tuple[str, Callable[[], Any]]] = [
+            ("dynamic, per tensor", lambda: dynamic(prepared, target, **options)),
+            ("dynamic, per channel", lambda: dynamic(prepared, target, per_channel=True, **options)),
+            (
+                "dynamic, per channel, without the first and last layers",
+                lambda: dynamic(prepared, target, per_channel=True, nodes_to_exclude=ends, **options),
+            ),
+            (
+                "static, per channel, calibrated",
+                lambda: quantize_static(
+                    prepared,
+                    target,
+                    _reader(calibration),
+                    quant_format=QuantFormat.QDQ,
+                    op_types_to_quantize=["MatMul", "Gather"],
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    calibrate_method=CalibrationMethod.MinMax,
+                    **options,
+                ),
+            ),
+        ]
+        for name, quantise in tries:
+            with _quiet():
+                quantise()
+            yield name
+
+
+@contextlib.contextmanager
+def tempfile_beside(path: Path) -> Iterator[Path]:
+    """A name for a file that is gone afterwards."""
+    beside = path.with_name(f".{path.name}.prepared")
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _prepare(source: Path, target: Path) -> None:
+    """Infer shapes and mark the graph as prepared, as the quantiser asks."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with _quiet():
+        quant_pre_process(str(source), str(target), skip_symbolic_shape=True, skip_optimization=True)
+
+
+def _matrix_products(path: Path) -> list[str]:
+    """The names of the matrix products with constant weights, in the order of the graph."""
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [n.name for n in graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
+
+
+def _reader(batches: Sequence[Batch]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter([dict(b) for b in batches[:_CALIBRATION_BATCHES]])
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    return Reader()
+
+
+def openvino_graph(source: Path, target: Path, calibration: Sequence[Batch] | None) -> Iterator[str]:
+    """Write an ONNX graph as OpenVINO's, in fp32 or, with batches to calibrate on, in int8.
+
+    Yields:
+        The name of each scheme after its graph is written; stop when one is good enough.
+    """
+    import openvino
+
+    with _quiet():
+        plain = openvino.convert_model(str(source))
+    if calibration is None:
+        _save_openvino(plain, target)
+        yield "fp32"
+        return
+    import nncf
+
+    # Both presets keep sums and norms in floats; smooth quantisation moves outliers into the weights.
+    for name, options in (
+        ("static, calibrated", {}),
+        ("static, calibrated, activations asymmetric", {"preset": nncf.QuantizationPreset.MIXED}),
+        ("static, calibrated, biases corrected one by one", {"fast_bias_correction": False}),
+    ):
+        with _quiet():
+            quantised = nncf.quantize(
+                openvino.convert_model(str(source)),
+                nncf.Dataset([dict(b) for b in calibration]),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=min(len(calibration), 300),
+                **options,
+            )
+            _save_openvino(quantised, target)
+        yield name
+
+
+def _save_openvino(graph: Any, target: Path) -> None:
+    import openvino
+
+    for key in ("conversion_parameters", "nncf", "optimization"):  # paths of this machine stand in there
+        with contextlib.suppress(Exception):
+            del graph.rt_info[key]
+    openvino.save_model(graph, str(target), compress_to_fp16=False)
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def run_torch(model: Any) -> Run:
+    """Return a function from a batch to logits [batch, labels] by the model itself."""
+
+    def run(batch: Batch) -> NDArray[np.float64]:
+        with torch.inference_mode():
+            tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+            return np.asarray(model(**tensors).logits.double().numpy(), dtype=np.float64)
+
+    return run
+
+
+def run_onnx(path: Path) -> Run:
+    """Return a function from a batch to logits [batch, labels] by onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(batch: Batch) -> NDArray[np.float64]:
+        return np.asarray(session.run(["logits"], dict(batch))[0], dtype=np.float64)
+
+    return run
+
+
+def run_openvino(path: Path) -> Run:
+    """Return a function from a batch to logits [batch, labels] by OpenVINO on the CPU."""
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}  # else bf16 where the processor has it
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+
+    def run(batch: Batch) -> NDArray[np.float64]:
+        return np.asarray(compiled(dict(batch))["logits"], dtype=np.float64)
+
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the libraries print and warn of off standard output and the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
