@@ -571,7 +571,8 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload it to this Hugging Face repository, owner/name.")
+        str | None,
+        typer.Option(metavar="REPO", help="Upload it to this Hugging Face repository, owner/name."),
     ] = None,
 ) -> None:
     """Write a model for transformers, ONNX or OpenVINO, compared with the checkpoint before it is kept."""

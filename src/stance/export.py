@@ -7,7 +7,6 @@ nothing, and the same model gives the same bytes every time.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -171,7 +170,9 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     quiet_transformers()
     model = _load_model(folder)
     tokenizer = load_tokenizer(str(folder))
-    inputs = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _accepted(model, tokenizer)]
+    inputs = [
+        n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _accepted(model, tokenizer)
+    ]
     rows = _validation_rows(folder, tasks, validation, log)
     batches, order = _batches(tokenizer, rows, meta["max_length"], inputs)
     run = run_torch(model)
@@ -247,7 +248,9 @@ def _validation_rows(folder: Path, tasks: Sequence[Task], files: Sequence[str], 
     if files:
         rows = load_statements(list(files), tasks)
         if not any(set(r.labels) & {t.name for t in tasks} for r in rows):
-            raise DataError(f"{', '.join(files)}: no row has a label of the model's tasks - give annotated rows")
+            raise DataError(
+                f"{', '.join(files)}: no row has a label of the model's tasks - give annotated rows"
+            )
         return rows
     if not (folder / "config.yaml").is_file() or not (folder / "splits.csv").is_file():
         log(f"{folder}: no run's config and splits beside the model, so no validation rows")

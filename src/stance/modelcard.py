@@ -132,7 +132,9 @@ def _table(report: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     lines = [f"{report.get('split', '?')} split, {report.get('n', '?')} statements\n"]
     lines += ["| task | macro-F1 | accuracy | MCC |", "| --- | --- | --- | --- |"]
     for task, entry in scores.items():
-        cells = [f"{entry[k]:.3f}" if entry.get(k) is not None else "-" for k in ("macro_f1", "accuracy", "mcc")]
+        cells = [
+            f"{entry[k]:.3f}" if entry.get(k) is not None else "-" for k in ("macro_f1", "accuracy", "mcc")
+        ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
