@@ -329,7 +329,7 @@ def test_a_file_as_large_as_the_disk_is_not_read_to_the_end(folder):
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": NaN}', '{"a": Infinity}', '{"a": 1e999}', "{'a': 1}", '{"a": "\udcff"}'])  # fmt: skip
 def test_json_that_readers_take_differently_is_refused(text):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"twice|number|JSON|Expecting|decode"):
         parse_json(text.encode("utf-8", "surrogateescape"))
 
 

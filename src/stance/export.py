@@ -170,9 +170,8 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     quiet_transformers()
     model = _load_model(folder)
     tokenizer = load_tokenizer(str(folder))
-    inputs = [
-        n for n in ("input_ids", "attention_mask", "token_type_ids") if n in _accepted(model, tokenizer)
-    ]
+    inputs = ["input_ids", "attention_mask"]
+    inputs += ["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else []
     rows = _validation_rows(folder, tasks, validation, log)
     batches, order = _batches(tokenizer, rows, meta["max_length"], inputs)
     run = run_torch(model)
@@ -228,11 +227,6 @@ def _load_model(folder: Path) -> Any:
     if wrong:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
     return model.eval()
-
-
-def _accepted(model: Any, tokenizer: Any) -> set[str]:
-    """The inputs that the tokenizer gives and the model reads."""
-    return {"input_ids", "attention_mask"} | (set(tokenizer.model_input_names) & {"token_type_ids"})
 
 
 def _one_task_meta(meta: dict[str, Any], task: Task) -> dict[str, Any]:
