@@ -392,7 +392,9 @@ def test_the_int8_schemes_write_graphs_that_run(onnx_folder, tmp_path):
 @pytest.mark.slow
 def test_openvino_agrees(trained, tmp_path):
     pytest.importorskip("openvino")
-    export(trained, tmp_path / "out", format="openvino", int8=False)
+    for name in ("out", "again"):
+        export(trained, tmp_path / name, format="openvino")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
     entry = check_model_folder(tmp_path / "out")[0]["exports"]["openvino/openvino_model.xml"]
     assert (entry["backend"], entry["precision"]) == ("openvino", "fp32")
     assert {p.name for p in (tmp_path / "out/openvino").iterdir()} == {

@@ -559,9 +559,7 @@ def export(
         str | None,
         typer.Option(help="A classifier of this task alone, which plain transformers reads."),
     ] = None,
-    int8: Annotated[
-        bool, typer.Option(help="onnx: an int8 graph too; openvino: int8 in place of fp32.")
-    ] = True,
+    int8: Annotated[bool, typer.Option(help="With onnx, write an int8 graph too.")] = True,
     validation: Annotated[
         list[str] | None,
         typer.Option(

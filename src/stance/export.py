@@ -87,7 +87,7 @@ def export(
         output: the folder to make.
         format: one of ``FORMATS``.
         task: make a classifier of this task alone, with its temperature in the weights.
-        int8: for ONNX an int8 graph too; for OpenVINO int8 in place of fp32. Needs validation rows.
+        int8: for ONNX an int8 graph too, which needs validation rows.
         validation: annotated files for the gate; none: the run's own validation split.
         force: replace an earlier export in ``output``.
         log: receives one line of progress at a time.
@@ -101,8 +101,8 @@ def export(
 
     if format not in FORMATS:
         raise UsageError(f"--format: must be one of {', '.join(FORMATS)}; got {format!r}")
-    int8 = int8 and format != "transformers"
-    needs(format, int8=int8)
+    int8 = int8 and format == "onnx"
+    needs(format)
     _check_target(model, output, force=force)
     source = _load(model, task, validation, log)
     if int8 and not source.evidence.validation:
@@ -325,13 +325,8 @@ def _write_openvino(source: _Source, folder: Path, int8: bool, log: Log) -> None
     with tempfile.TemporaryDirectory(dir=folder) as place:
         traced = Path(place) / "model.onnx"
         to_onnx(source.model, traced, source.inputs)
-        name = "openvino/openvino_model.xml"
-        schemes = openvino_graph(traced, target, source.evidence.validation if int8 else None)
-        if int8:
-            _first_that_passes(source, name, schemes, lambda: run_openvino(target), log, OPSET)
-        else:
-            next(schemes)
-            _pass_gate(source, name, run_openvino(target), "fp32", "openvino", opset=OPSET)
+        openvino_graph(traced, target)
+    _pass_gate(source, "openvino/openvino_model.xml", run_openvino(target), "fp32", "openvino", opset=OPSET)
 
 
 _WRITERS = {"transformers": _write_transformers, "onnx": _write_onnx, "openvino": _write_openvino}
@@ -371,11 +366,10 @@ def _first_that_passes(
     Raises:
         ExportError: none does; with the last one's table.
     """
-    backend = "openvino" if name.endswith(".xml") else "onnxruntime"
     last: ExportError | None = None
     for scheme in schemes:
         try:
-            _pass_gate(source, name, run(), "int8", backend, opset=opset, scheme=scheme)
+            _pass_gate(source, name, run(), "int8", "onnxruntime", opset=opset, scheme=scheme)
             log(f"{name}: int8, {scheme}")
             return
         except ExportError as error:
