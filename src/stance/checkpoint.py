@@ -1,7 +1,8 @@
 """Folders that are whole or not there: manifests of SHA-256 sums, written last and checked first.
 
 A model folder holds ``config.json``, ``model.safetensors``, the tokenizer's files, ``stance.json``
-(tasks, input template, lengths) and ``manifest.json``. A training checkpoint holds the same weights
+(tasks, input template, lengths) and ``manifest.json``; an exported one may hold graphs below ``onnx/``
+and ``openvino/`` beside or in place of the weights. A training checkpoint holds the same weights
 with the optimizer's state, and a manifest too.
 """
 
@@ -17,12 +18,14 @@ from typing import Any
 
 from stance.errors import CheckpointError, StanceError
 from stance.labels import Task
+from stance.safety import check_config, check_tokenizer, check_vocabulary, read_json, tensor_shapes
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
     "RUN_FILES",
     "STANCE_FILE",
+    "WEIGHTS",
     "check_model_folder",
     "checkpoint_step",
     "newest_verified",
@@ -37,6 +40,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 STANCE_FILE = "stance.json"
+WEIGHTS = "model.safetensors"
 RUN_FILES = (
     "identity.json",
     "config.yaml",
@@ -49,7 +53,17 @@ RUN_FILES = (
 """What a run writes beside the model; never read when a model is loaded."""
 _READ_UNASKED = {".json", ".jinja", ".model", ".safetensors"}
 """Files of these kinds may be read by transformers if they only lie in the folder."""
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy", ".npz"}
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy", ".npz", ".h5", ".msgpack"}
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json")
+_GRAPHS = {
+    "onnx/model.onnx": "onnxruntime",
+    "onnx/model_quantized.onnx": "onnxruntime",
+    "openvino/openvino_model.xml": "openvino",
+}
+"""The graphs that an export may hold, with the runtime that reads them."""
+_PRECISIONS = ("fp32", "int8")
+_MAX_FILE = 32 * 2**30
+_MAX_LENGTH = 2**17
 
 
 def sha256(path: Path) -> str:
@@ -70,8 +84,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
-    """Write the sums of ``files`` (default: every file of the folder), after they are on the disk."""
-    names = sorted(files) if files is not None else sorted(p.name for p in folder.iterdir())
+    """Write the sums of ``files`` (default: every file of the folder), after they are on the disk.
+
+    Names are POSIX paths relative to the folder.
+    """
+    if files is None:
+        files = (p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+    names = sorted(files)
     entries = {}
     for name in names:
         path = folder / name
@@ -91,86 +110,193 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     manifest = read_json(folder, MANIFEST)
     files = manifest.get("files")
+    _check_format(folder / MANIFEST, manifest)
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{folder / MANIFEST}: holds no files - the folder is damaged")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}: format must be {FORMAT}; got {manifest.get('format')!r} - the folder was made "
-            "by another version of stance; use that version"
-        )
     for name, entry in files.items():
-        path = folder / name
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise CheckpointError(f"{folder / MANIFEST}: the entry of {name!r} is damaged")
-        if Path(name).name != name or path.is_symlink():
-            raise CheckpointError(f"{folder}: {name!r} leaves the folder - do not trust this folder")
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing - copy the folder again, whole")
-        if sha256(path) != entry.get("sha256"):
-            raise CheckpointError(
-                f"{folder}: {name} has changed since it was written (its SHA-256 differs) - copy the "
-                "folder again, or train again"
-            )
+        path = _inside(folder, name)
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{folder}: {name} is missing - copy the folder again, whole")
+            size = path.stat().st_size
+            # The size first: a file as large as the disk must not be read to the end.
+            if size != entry.get("size", size) or size > _MAX_FILE or sha256(path) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{folder}: {name} has changed since it was written (its SHA-256 differs) - copy the "
+                    "folder again, or train again"
+                )
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     return manifest
+
+
+def _check_format(path: Path, content: dict[str, Any]) -> None:
+    found = content.get("format")
+    if type(found) is int and found > FORMAT:
+        raise CheckpointError(
+            f"{path}: format must be {FORMAT}; got {found} - a newer version of stance made the folder; "
+            "upgrade with pip install -U stance"
+        )
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: format must be {FORMAT}; got {found!r} - the folder is damaged")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a manifest's name, which must stay in the folder and pass no link."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and part.isprintable() for part in parts)
+    path = folder.joinpath(*parts) if plain and not set(name) & set("\\:") else None
+    steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))] if path else []
+    try:
+        if path is None or any(step.is_symlink() for step in steps):
+            raise CheckpointError(f"{folder}: {name!r} leaves the folder - do not trust this folder")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {name!r}: cannot be read: {error.strerror or error}") from None
+    return path
 
 
 def check_model_folder(folder: Path) -> tuple[dict[str, Any], tuple[Task, ...]]:
     """Check a model folder before anything in it is loaded; return ``stance.json`` and the tasks.
 
     Raises:
-        CheckpointError: not a model folder, not whole, or it holds code or pickles.
+        CheckpointError: not a model folder, not whole, of a newer format, or it holds code, pickles,
+            links, sizes that the weights do not bear out or labels that do not match.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder - give the folder of a finished run")
-    if not (folder / MANIFEST).is_file():
-        half = any(folder.glob("checkpoints/checkpoint-*"))
-        fix = "training has not finished; run it with --resume" if half else "train or copy it again"
-        raise CheckpointError(f"{folder}: {MANIFEST} is missing, so the model is not whole - {fix}")
-    for path in folder.iterdir():
-        if path.suffix.lower() in _PICKLES:
+    try:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such model folder - give the folder of a finished run")
+        if not (folder / MANIFEST).is_file():
+            half = any(folder.glob("checkpoints/checkpoint-*"))
+            fix = "training has not finished; run it with --resume" if half else "train or copy it again"
+            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so the model is not whole - {fix}")
+        _refuse_code(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from None
+    listed = verify(folder)["files"]
+    for name in ("config.json", STANCE_FILE):
+        if name not in listed:
+            raise CheckpointError(f"{folder}: {name} is not in the manifest - train or copy it again")
+    config, meta = read_json(folder, "config.json"), read_json(folder, STANCE_FILE)
+    _check_format(folder / STANCE_FILE, meta)
+    if WEIGHTS not in listed and not _graphs(folder, meta, listed):
+        raise CheckpointError(f"{folder}: {WEIGHTS} is not in the manifest - train or copy it again")
+    _refuse_unlisted(folder, listed)
+    shapes = tensor_shapes(folder / WEIGHTS) if WEIGHTS in listed else None
+    check_config(folder / "config.json", config, shapes)
+    _check_tokenizer_files(folder, config, listed)
+    tasks = _tasks(folder, config, meta)
+    if shapes is not None:
+        _check_head(folder, shapes, sum(len(t.labels) for t in tasks))
+    return meta, tasks
+
+
+def _refuse_code(folder: Path) -> None:
+    for path in (p for place in (folder, *_graph_folders(folder)) for p in place.iterdir()):
+        kind = path.suffix.lower()
+        if kind in _PICKLES and not (kind == ".bin" and path.parent.name == "openvino"):
             raise CheckpointError(
                 f"{path}: pickles can run code and are never loaded - remove it or take a safetensors model"
             )
-        if path.suffix.lower() == ".py":
+        if kind in (".py", ".pyc", ".so", ".dll", ".dylib"):
             raise CheckpointError(f"{path}: a model folder must hold no code - remove it")
-    manifest = verify(folder)
-    for name in ("config.json", STANCE_FILE, "model.safetensors"):
-        if name not in manifest["files"]:
-            raise CheckpointError(f"{folder}: {name} is not in the manifest - train or copy it again")
+        if path.name in _ADAPTERS:
+            raise CheckpointError(f"{path}: adapters load other models' files - merge it and train again")
+
+
+def _graph_folders(folder: Path) -> list[Path]:
+    return [p for p in (folder / "onnx", folder / "openvino") if p.is_dir()]
+
+
+def _refuse_unlisted(folder: Path, listed: dict[str, Any]) -> None:
+    """Refuse what transformers, a tokenizer or a runtime would read though the manifest has it not."""
     strange = [
         path.name
         for path in folder.iterdir()
-        if (path.suffix in _READ_UNASKED or path.name in ("vocab.txt", "merges.txt"))
-        and path.name not in {*manifest["files"], *RUN_FILES, MANIFEST}
+        if (path.suffix.lower() in _READ_UNASKED or path.name in ("vocab.txt", "merges.txt"))
+        and path.name not in {*listed, *RUN_FILES, MANIFEST}
     ]
-    if strange:  # a tokenizer would read some of them
+    for place in _graph_folders(folder):
+        strange += [n for p in place.iterdir() if (n := f"{place.name}/{p.name}") not in listed]
+    if strange:
         raise CheckpointError(
             f"{folder}: holds files that are not in its manifest: {', '.join(sorted(strange))} - remove them"
         )
-    for name in manifest["files"]:
-        if name.endswith(".json") and '"auto_map"' in (folder / name).read_text(encoding="utf-8"):
-            raise CheckpointError(f"{folder / name}: auto_map asks for remote code, which is never run")
-    config, meta = read_json(folder, "config.json"), read_json(folder, STANCE_FILE)
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / STANCE_FILE}: format must be {FORMAT}; got {meta.get('format')!r} - the model was "
-            "made by another version of stance; use that version"
-        )
+
+
+def _graphs(folder: Path, meta: dict[str, Any], listed: dict[str, Any]) -> list[str]:
+    """The exported graphs that ``stance.json`` names; each must be in the manifest."""
+    exports = meta.get("exports", {})
+    if not isinstance(exports, dict) or not all(isinstance(e, dict) for e in exports.values()):
+        raise CheckpointError(f"{folder / STANCE_FILE}: exports must name graphs; got {str(exports)[:60]!r}")
+    for name, entry in exports.items():
+        needed = [name, name.removesuffix(".xml") + ".bin"] if name.endswith(".xml") else [name]
+        if name not in _GRAPHS or any(n not in listed for n in needed):
+            raise CheckpointError(f"{folder}: {name} is not in the manifest - export again")
+        if entry.get("backend") != _GRAPHS[name] or entry.get("precision") not in _PRECISIONS:
+            raise CheckpointError(f"{folder / STANCE_FILE}: the entry of {name!r} is damaged - export again")
+    return list(exports)
+
+
+def _check_tokenizer_files(folder: Path, config: dict[str, Any], listed: dict[str, Any]) -> None:
+    for name in listed:
+        if "/" in name or not name.endswith(".json") or name in ("config.json", STANCE_FILE):
+            continue
+        content = read_json(folder, name)
+        check_tokenizer(folder / name, content if name != "tokenizer.json" else {})
+        if name == "tokenizer.json":
+            check_vocabulary(folder / name, content, config)
+
+
+def _tasks(folder: Path, config: dict[str, Any], meta: dict[str, Any]) -> tuple[Task, ...]:
     try:
         tasks = tuple(Task(t["name"], tuple(t["labels"])) for t in meta["tasks"])
+        if not all(isinstance(x, str) for t in tasks for x in (t.name, *t.labels)):
+            raise ValueError("tasks and labels must be names")
+        if not tasks or len({t.name for t in tasks}) != len(tasks):
+            raise ValueError("tasks must be one or more, of different names")
         max_length = meta["max_length"]
-        if type(max_length) is not int or max_length < 1:
+        if type(max_length) is not int or not 1 <= max_length <= _MAX_LENGTH:
             raise ValueError(f"max_length must be a number of tokens; got {max_length!r}")
+        _check_calibration(meta, tasks)
         found = [name for _, name in sorted(config["id2label"].items(), key=lambda x: int(x[0]))]
     except (KeyError, TypeError, ValueError, AttributeError, StanceError) as error:
         raise CheckpointError(f"{folder}: config.json or {STANCE_FILE} not understood: {error!r}") from None
     names = [f"{t.name}:{label}" for t in tasks for label in t.labels]
-    if found != names:
+    # A stock classifier of one task says "favor", not "dialogue:favor".
+    if found != names and not (len(tasks) == 1 and found == list(tasks[0].labels)):
         raise CheckpointError(
             f"{folder}: config.json names the labels {found}; {STANCE_FILE} names {names} - the files "
             "are of different models"
         )
-    return meta, tasks
+    if config.get("num_labels", len(names)) != len(names):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: num_labels must be {len(names)}; got {config['num_labels']!r}"
+        )
+    return tasks
+
+
+def _check_calibration(meta: dict[str, Any], tasks: Sequence[Task]) -> None:
+    temperatures, abstention = meta.get("temperatures", {}), meta.get("abstention", {})
+    for name, value in temperatures.items():
+        if name not in {t.name for t in tasks} or type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"temperatures must be a number above 0 for a task; got {name!r}: {value!r}")
+    for name, pairs in abstention.items():
+        numbers = [x for pair in pairs for x in pair]
+        whole = all(len(pair) == 2 for pair in pairs)
+        if not whole or any(type(x) not in (int, float) or not 0 <= x <= 1 for x in numbers):
+            raise ValueError(f"abstention of {name!r} must be pairs of numbers from 0 to 1; got {pairs!r}")
+
+
+def _check_head(folder: Path, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
+    """The classifier's last layer must have one row a label."""
+    heads = [s for n, s in shapes.items() if n in ("classifier.weight", "classifier.out_proj.weight")]
+    if heads and all(len(shape) != 2 or shape[0] != labels for shape in heads):
+        raise CheckpointError(
+            f"{folder}: {WEIGHTS} has a classifier of shape {list(heads[0])} for {labels} labels - the files "
+            "are of different models"
+        )
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
@@ -200,21 +326,3 @@ def replace_folder(source: Path, target: Path, files: Sequence[str]) -> None:
     for name in [*(f for f in files if f != MANIFEST), MANIFEST]:
         os.replace(source / name, target / name)
     shutil.rmtree(source)
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Return the JSON object in a file of a folder.
-
-    Raises:
-        CheckpointError: it is missing, damaged or no object.
-    """
-    path = folder / name
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {name} is missing - copy the folder again, whole") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error} - the folder is damaged") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; got {type(value).__name__}")
-    return value

@@ -543,3 +543,81 @@ def _added(prediction: Prediction, probabilities: bool) -> dict[str, Any]:
         for task, values in tables.items():
             added.update({f"{task}_{label}": round(p, 6) for label, p in values.items()})
     return added
+
+
+class ExportFormat(StrEnum):
+    """What others load a model with."""
+
+    transformers = "transformers"
+    onnx = "onnx"
+    openvino = "openvino"
+
+
+@app.command(epilog="Exit codes: 0 ok, 1 failed at run time, 2 usage, 3 data, 4 not as good as the model.")
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a trained model.")],
+    output: Annotated[Path, typer.Option("--output-dir", "-o", metavar="DIR", help="The folder to make.")],
+    format: Annotated[ExportFormat, typer.Option(help="What others will load it with.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="A classifier of this task alone, which plain transformers reads."),
+    ] = None,
+    int8: Annotated[bool, typer.Option(help="With onnx, write an int8 graph too.")] = True,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILES",
+            help="Annotated files to compare on; default: the run's validation split. Repeatable.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload it to this Hugging Face repository, owner/name."),
+    ] = None,
+) -> None:
+    """Write a model for transformers, ONNX or OpenVINO, compared with the checkpoint before it is kept."""
+    from stance.export import export as run_export
+    from stance.export import push_to_hub as upload
+    from stance.gate import gate_table
+
+    result = run_export(
+        model,
+        output,
+        format=format.value,
+        task=task,
+        int8=int8,
+        validation=validation or (),
+        force=force,
+        log=say,
+    )
+    for name, findings in result.findings.items():
+        print(f"{name}\n{gate_table(findings)}\n")
+    print(f"exported: {result.folder}")
+    if push_to_hub:
+        print(f"uploaded: {upload(result.folder, push_to_hub)}")
+
+
+@app.command(epilog=_EPILOG)
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
+    format: Annotated[TextOrJson, typer.Option(help="How to print it.")] = TextOrJson.text,
+) -> None:
+    """Say what a model folder is, and whether it is whole and safe to load."""
+    from stance.export import describe
+
+    found = describe(model)
+    if format is TextOrJson.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    print(f"{found['folder']}: whole, format {found['format']}, made by stance {found['made_by'] or '?'}")
+    for task, labels in found["tasks"].items():
+        temperature = found["temperatures"].get(task)
+        calibrated = f" (temperature {temperature:.3g})" if temperature is not None else ""
+        print(f"  {task}: {', '.join(labels)}{calibrated}")
+    print(f"  encoder: {found['encoder']} ({found['architecture']}), pooling {found['pooling']}")
+    print(f"  input: at most {found['max_length']} tokens")
+    for name, entry in found["exports"].items():
+        print(f"  export: {name}, {entry['backend']}, {entry['precision']}")
+    for name, size in found["files"].items():
+        print(f"  {size:>13,}  {name}")

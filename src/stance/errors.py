@@ -5,6 +5,7 @@
     |- UsageError         2  a call is wrong: a missing file, an output that exists already
     |- DataError          3  rows are wrong; carries every problem found
     |- CheckpointError    1  a model folder is missing, damaged, unsafe or of another format
+    |- ExportError        4  an export is not as good as its model, or cannot be made
     |- TrainingError      1  training cannot go on: a loss or weight that is not finite, a full disk
     `- Interrupted  128 + n  stopped by signal n after saving (143 SIGTERM, 130 Ctrl-C)
 
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "Interrupted",
     "StanceError",
     "TrainingError",
@@ -62,6 +64,12 @@ class DataError(_Collected):
 
 class CheckpointError(StanceError):
     """A model folder that must not or cannot be loaded."""
+
+
+class ExportError(StanceError):
+    """An export that differs too much from its model, or that cannot be made; nothing is left of it."""
+
+    exit_code = 4
 
 
 class TrainingError(StanceError):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "CODEBOOK_VERSION",
     "CONFLICT",
     "DEFAULT_TASKS",
     "DIALOGUE",
@@ -34,6 +35,9 @@ __all__ = [
     "overall_stance",
     "stance_probabilities",
 ]
+
+CODEBOOK_VERSION = 1
+"""Which version of ``data/annotations/CODEBOOK.md`` this module writes out as code."""
 
 NOT_ANNOTATED = -100
 """Label id of a row without a label for a task; losses and metrics pass over it."""

@@ -65,7 +65,7 @@ from stance.errors import (
     UsageError,
     did_you_mean,
 )
-from stance.labels import NOT_ANNOTATED, Task, derives_stance
+from stance.labels import CODEBOOK_VERSION, NOT_ANNOTATED, Task, derives_stance
 from stance.metrics import mean_macro_f1, scores_of_all
 from stance.model import (
     MultiTaskLoss,
@@ -730,6 +730,7 @@ def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[
         "encoder": config.model.encoder,
         "pooling": config.model.pooling,
         "mark_speaker": config.model.mark_speaker,
+        "codebook": CODEBOOK_VERSION,
         "data": identity["data"],
         "config_sha256": identity["config_sha256"],
     }

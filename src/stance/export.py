@@ -1,0 +1,508 @@
+"""A checkpoint as others load it: a stock transformers folder, ONNX, OpenVINO.
+
+Every export is compared with the fp32 checkpoint before it gets its name (:mod:`stance.gate`). It is
+written into a hidden folder beside the target and renamed when it is whole, so a failed export leaves
+nothing, and the same model gives the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stance.checkpoint import (
+    MANIFEST,
+    STANCE_FILE,
+    WEIGHTS,
+    check_model_folder,
+    read_json,
+    sha256,
+    verify,
+    write_json,
+    write_manifest,
+)
+from stance.errors import CheckpointError, ConfigError, DataError, ExportError, StanceError, UsageError
+from stance.gate import Evidence, Finding, check, gate_table, random_batches
+from stance.labels import CODEBOOK_VERSION, Task, derives_stance
+from stance.modelcard import model_card
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stance.annotations import Statement
+    from stance.gate import Run
+
+__all__ = ["FORMATS", "ExportResult", "describe", "export", "push_to_hub"]
+
+FORMATS = ("transformers", "onnx", "openvino")
+_BATCH = 32
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export gave: the folder, and the gate's findings by file."""
+
+    folder: Path
+    findings: dict[str, list[Finding]]
+
+
+@dataclass
+class _Source:
+    """The model to export, as loaded: what every format starts from."""
+
+    folder: Path
+    meta: dict[str, Any]
+    tasks: tuple[Task, ...]
+    model: Any
+    tokenizer: Any
+    inputs: list[str]
+    evidence: Evidence
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+
+
+def export(
+    model: Path,
+    output: Path,
+    *,
+    format: str,
+    task: str | None = None,
+    int8: bool = True,
+    validation: Sequence[str] = (),
+    force: bool = False,
+    log: Log = lambda line: None,
+) -> ExportResult:
+    """Write a model for others to load, after comparing it with the checkpoint.
+
+    Args:
+        model: a model folder with weights.
+        output: the folder to make.
+        format: one of ``FORMATS``.
+        task: make a classifier of this task alone, with its temperature in the weights.
+        int8: for ONNX an int8 graph too, which needs validation rows.
+        validation: annotated files for the gate; none: the run's own validation split.
+        force: replace an earlier export in ``output``.
+        log: receives one line of progress at a time.
+
+    Raises:
+        UsageError: a wrong call, ``output`` exists, or a library is missing.
+        CheckpointError: the model cannot be loaded.
+        ExportError: the export differs too much from the model, or cannot be made; nothing is left.
+    """
+    from stance.graphs import needs
+
+    if format not in FORMATS:
+        raise UsageError(f"--format: must be one of {', '.join(FORMATS)}; got {format!r}")
+    int8 = int8 and format == "onnx"
+    needs(format)
+    _check_target(model, output, force=force)
+    source = _load(model, task, validation, log)
+    if int8 and not source.evidence.validation:
+        raise UsageError(
+            "--int8: needs annotated validation rows, to see what it costs; got none - give them with "
+            "--validation FILES, or export with --no-int8"
+        )
+    log(f"comparing on {len(source.evidence.y_true):,} validation rows and random batches")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        staging.chmod(0o755)
+        _WRITERS[format](source, staging, int8, log)
+        _write_common(source, staging, format)
+        check_model_folder(staging)
+        _put_in_place(staging, output)
+    except OSError as error:
+        raise ExportError(
+            f"{output}: writing failed: {error.strerror or error} - free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return ExportResult(output, source.findings)
+
+
+def _check_target(model: Path, output: Path, *, force: bool) -> None:
+    if not output.name or output.resolve() in (model.resolve(), *model.resolve().parents):
+        raise UsageError(f"{output}: must be another folder than the model's - choose another name")
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise UsageError(f"{output}: exists already - replace it with --force or choose another name")
+    if output.is_dir() and not output.is_symlink() and _is_export(output):
+        return
+    raise UsageError(f"{output}: --force replaces exports only; got something else - choose another name")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds an export and nothing beside it, so that --force can eat nothing else."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    if not found:
+        return True
+    try:
+        return "format" in read_json(folder, STANCE_FILE).get("exported", {}) and found == {
+            *read_json(folder, MANIFEST)["files"],
+            MANIFEST,
+        }
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+# --- what every format starts from ---------------------------------------------------------------
+
+
+def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -> _Source:
+    meta, tasks = check_model_folder(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder}: holds no {WEIGHTS}, only an export - give the run it was made from")
+    chosen = _chosen_task(task, tasks)
+    import torch
+
+    from stance.graphs import run_torch
+    from stance.model import load_tokenizer, quiet_transformers, task_slices
+
+    quiet_transformers()
+    model = _load_model(folder)
+    tokenizer = load_tokenizer(str(folder))
+    inputs = ["input_ids", "attention_mask"]
+    inputs += ["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else []
+    rows = _validation_rows(folder, tasks, validation, log)
+    batches, order = _batches(tokenizer, rows, meta["max_length"], inputs)
+    run = run_torch(model)
+    if chosen is not None:
+        from stance.stock import one_task_classifier
+
+        temperature = float(meta.get("temperatures", {}).get(chosen.name, 1.0))
+        part, whole = task_slices(tasks)[chosen.name], run
+        run = lambda batch: whole(batch)[:, part] / temperature  # noqa: E731
+        with torch.random.fork_rng():  # the stock class starts from random weights, all replaced
+            torch.manual_seed(0)
+            exported = one_task_classifier(model, tasks, chosen, temperature)
+        tasks, meta = (chosen,), _one_task_meta(meta, chosen)
+        model = exported
+    from stance.dataset import label_ids
+
+    encoder = getattr(model.config, "encoder", None) or model.config.to_dict()
+    pad = tokenizer.pad_token_id or 0
+    random = random_batches(int(encoder["vocab_size"]), meta["max_length"], pad, inputs)
+    evidence = Evidence.of(run, batches, random, label_ids([rows[i] for i in order], tasks))
+    return _Source(folder, meta, tasks, model, tokenizer, inputs, evidence)
+
+
+def _chosen_task(name: str | None, tasks: Sequence[Task]) -> Task | None:
+    if name is None:
+        return None
+    known = {t.name: t for t in tasks}
+    if name not in known:
+        raise UsageError(f"--task: must be one of {', '.join(known)}; got {name!r}")
+    return known[name]
+
+
+def _load_model(folder: Path) -> Any:
+    """Load a checked folder's model in fp32 with eager attention, as all graphs are traced."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    import stance.model  # noqa: F401 - registers the mean-pooled class
+
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: the model cannot be loaded: {first} - train again") from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
+    return model.eval()
+
+
+def _one_task_meta(meta: dict[str, Any], task: Task) -> dict[str, Any]:
+    """``stance.json`` of one task: its temperature is in the weights, and no stance follows from it."""
+    kept = {k: v for k, v in meta.items() if k not in ("temperatures", "abstention")}
+    return kept | {"tasks": [{"name": task.name, "labels": list(task.labels)}], "pooling": "stock"}
+
+
+def _validation_rows(folder: Path, tasks: Sequence[Task], files: Sequence[str], log: Log) -> list[Statement]:
+    """The rows of the given files, else the run's own validation split, else none."""
+    from stance.annotations import load_statements
+
+    if files:
+        rows = load_statements(list(files), tasks)
+        if not any(set(r.labels) & {t.name for t in tasks} for r in rows):
+            raise DataError(
+                f"{', '.join(files)}: no row has a label of the model's tasks - give annotated rows"
+            )
+        return rows
+    if not (folder / "config.yaml").is_file() or not (folder / "splits.csv").is_file():
+        log(f"{folder}: no run's config and splits beside the model, so no validation rows")
+        return []
+    from stance.config import load_config
+    from stance.records import expand_files, read_records
+
+    try:
+        data = load_config(folder / "config.yaml").data
+        sums = {path: sha256(Path(path)) for path in expand_files(data.files)}
+        if sums != read_json(folder, "identity.json").get("data"):
+            raise DataError("the annotated files have changed since")
+        wanted = {
+            (r.data["where"], r.data["id"] or "")
+            for r in read_records(folder / "splits.csv")
+            if r.data["split"] == "validation"
+        }
+        rows = load_statements(data.files, tasks, data.columns)
+    except (ConfigError, DataError, UsageError, CheckpointError, OSError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        log(f"{folder}: the run's validation rows cannot be read ({first}), so none are compared")
+        return []
+    return [s for s in rows if (s.where, s.id or "") in wanted]
+
+
+def _batches(
+    tokenizer: Any, rows: Sequence[Statement], max_length: int, inputs: Sequence[str]
+) -> tuple[list[dict[str, NDArray[np.int64]]], NDArray[np.int64]]:
+    """Tokenised batches of like length, as inference makes them, and the order of the rows in them."""
+    from stance.model import encode_pairs
+
+    if not rows:
+        return [], np.zeros(0, dtype=np.int64)
+    encoded = encode_pairs(tokenizer, [(r.speaker, r.context, r.text) for r in rows], max_length)
+    order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
+    batches = []
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        batch = tokenizer.pad(
+            {name: [encoded[name][i] for i in chosen] for name in inputs}, return_tensors="np"
+        )
+        batches.append({name: np.asarray(batch[name], dtype=np.int64) for name in inputs})
+    return batches, order
+
+
+# --- the formats ---------------------------------------------------------------------------------
+
+
+def _write_transformers(source: _Source, folder: Path, int8: bool, log: Log) -> None:
+    from stance.graphs import run_torch
+
+    source.model.config._name_or_path = ""
+    source.model.save_pretrained(folder)
+    _write_tokenizer(source, folder)
+    _refuse_failed(source, WEIGHTS, check(run_torch(_load_model(folder)), *_gate(source), precision="fp32"))
+
+
+def _write_onnx(source: _Source, folder: Path, int8: bool, log: Log) -> None:
+    from stance.graphs import OPSET, onnx_int8, run_onnx, to_onnx
+
+    _write_graph_config(source, folder)
+    (folder / "onnx").mkdir()
+    plain, small = folder / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx"
+    log("onnx/model.onnx: tracing")
+    to_onnx(source.model, plain, source.inputs)
+    _pass_gate(source, "onnx/model.onnx", run_onnx(plain), "fp32", "onnxruntime", opset=OPSET)
+    if int8:
+        schemes = onnx_int8(plain, small, source.evidence.validation)
+        _first_that_passes(source, "onnx/model_quantized.onnx", schemes, lambda: run_onnx(small), log, OPSET)
+
+
+def _write_openvino(source: _Source, folder: Path, int8: bool, log: Log) -> None:
+    from stance.graphs import OPSET, openvino_graph, run_openvino, to_onnx
+
+    _write_graph_config(source, folder)
+    target = folder / "openvino" / "openvino_model.xml"
+    target.parent.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        traced = Path(place) / "model.onnx"
+        to_onnx(source.model, traced, source.inputs)
+        openvino_graph(traced, target)
+    _pass_gate(source, "openvino/openvino_model.xml", run_openvino(target), "fp32", "openvino", opset=OPSET)
+
+
+_WRITERS = {"transformers": _write_transformers, "onnx": _write_onnx, "openvino": _write_openvino}
+
+
+def _gate(source: _Source) -> tuple[Evidence, tuple[Task, ...]]:
+    return source.evidence, source.tasks
+
+
+def _pass_gate(
+    source: _Source, name: str, run: Run, precision: str, backend: str, *, opset: int, scheme: str = ""
+) -> None:
+    """Compare a graph with the model and enter it into ``stance.json``."""
+    findings = check(run, *_gate(source), precision=precision)
+    _refuse_failed(source, name, findings)
+    entry: dict[str, Any] = {"backend": backend, "precision": precision, "opset": opset}
+    entry |= {"scheme": scheme} if scheme else {}
+    # Two digits: further ones hang on the processor.
+    parity = {f.name: float(f"{f.value:.2g}") for f in findings}
+    entry["parity"] = {"validation_rows": len(source.evidence.y_true), **parity}
+    source.meta = {**source.meta, "exports": {**source.meta.get("exports", {}), name: entry}}
+
+
+def _refuse_failed(source: _Source, name: str, findings: list[Finding]) -> None:
+    source.findings[name] = findings
+    if not all(f.passed for f in findings):
+        raise ExportError(
+            f"{name}: differs too much from the model, so nothing is written\n{gate_table(findings)}"
+        )
+
+
+def _first_that_passes(
+    source: _Source, name: str, schemes: Iterator[str], run: Callable[[], Run], log: Log, opset: int
+) -> None:
+    """Keep the first int8 scheme that passes the gate.
+
+    Raises:
+        ExportError: none does; with the last one's table.
+    """
+    last: ExportError | None = None
+    for scheme in schemes:
+        try:
+            _pass_gate(source, name, run(), "int8", "onnxruntime", opset=opset, scheme=scheme)
+            log(f"{name}: int8, {scheme}")
+            return
+        except ExportError as error:
+            log(f"{name}: int8, {scheme}: not good enough")
+            last = error
+    raise ExportError(
+        f"{last}\n{name}: no int8 scheme is good enough for this model - export with --no-int8"
+    ) from last
+
+
+def _write_graph_config(source: _Source, folder: Path) -> None:
+    """A graph is no class of this package: its config is the encoder's, with the labels' names.
+
+    So transformers.js and optimum know what to do with it.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as STOCK
+
+    config = source.model.config
+    if getattr(config, "encoder", None):
+        labels, config = config, source.model.encoder.config
+        config.id2label, config.label2id = labels.id2label, labels.label2id
+    config.architectures = [STOCK[type(config)].__name__] if type(config) in STOCK else None
+    config._name_or_path = ""
+    config.save_pretrained(folder)
+    _write_tokenizer(source, folder)
+
+
+def _write_tokenizer(source: _Source, folder: Path) -> None:
+    source.tokenizer.model_max_length = source.meta["max_length"]
+    source.tokenizer.save_pretrained(folder)
+
+
+def _write_common(source: _Source, folder: Path, format: str) -> None:
+    meta = {**source.meta, "exported": {"format": format}}
+    if derives_stance([Task(t["name"], tuple(t["labels"])) for t in meta["tasks"]]):
+        meta.setdefault("codebook", CODEBOOK_VERSION)
+    if Path(str(meta.get("encoder", ""))).is_absolute():
+        meta["encoder"] = Path(meta["encoder"]).name  # a path of this machine tells others nothing
+    write_json(folder / STANCE_FILE, meta)
+    report = _report(source.folder)
+    card = model_card(meta, source.tasks, format, report, source.findings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for place in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
+        for path in place.iterdir():
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written 0600
+    write_manifest(folder)
+    for place in [*(p for p in folder.iterdir() if p.is_dir()), folder]:
+        _sync(place)
+
+
+def _report(folder: Path) -> dict[str, Any] | None:
+    """The run's own report, if it is there and can be read."""
+    try:
+        return read_json(folder / "report", "report.json")
+    except CheckpointError:
+        return None
+
+
+def _put_in_place(staging: Path, output: Path) -> None:
+    """Rename the whole folder; an earlier export stands until then and comes back if that fails."""
+    if not output.exists():
+        os.rename(staging, output)
+    else:
+        aside = staging.with_suffix(".replaced")
+        os.rename(output, aside)
+        try:
+            os.rename(staging, output)
+        except OSError:
+            os.rename(aside, output)
+            raise
+        shutil.rmtree(aside)
+    _sync(output.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- what a folder is, and where it goes ---------------------------------------------------------
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Check a model folder and return what it is: tasks, encoder, sizes, exports.
+
+    Raises:
+        CheckpointError: it is not whole or not safe.
+    """
+    meta, tasks = check_model_folder(folder)
+    files = verify(folder)["files"]
+    config = read_json(folder, "config.json")
+    encoder = config["encoder"] if isinstance(config.get("encoder"), dict) else config
+    return {
+        "folder": str(folder),
+        "format": meta["format"],
+        "made_by": meta.get("stance_version"),
+        "tasks": {t.name: list(t.labels) for t in tasks},
+        "encoder": meta.get("encoder"),
+        "architecture": encoder.get("model_type"),
+        "pooling": meta.get("pooling"),
+        "max_length": meta["max_length"],
+        "temperatures": meta.get("temperatures", {}),
+        "codebook": meta.get("codebook"),
+        "exports": meta.get("exports", {}),
+        "files": {name: entry.get("size") for name, entry in files.items()},
+    }
+
+
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload an exported folder to a Hugging Face repository, made if need be; return its address.
+
+    Raises:
+        UsageError: the name is not of the form ``owner/name``.
+        StanceError: the hub refused or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UsageError(f"--push-to-hub: must be owner/name; got {repository!r}")
+    check_model_folder(folder)
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, repo_type="model", exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, repo_type="model", folder_path=folder, commit_message="Model by stance"
+        )
+    except Exception as error:  # the hub's client and its transports have their own kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StanceError(
+            f"{repository}: the upload failed: {first} - log in with 'hf auth login' and try again; the "
+            f"export is whole in {folder}"
+        ) from error
+    return str(address)

@@ -1,0 +1,590 @@
+"""Exports say what the model says, or are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import stance.export as export_module
+import stance.graphs as graphs
+from conftest import ROOT, corpus_rows, write_jsonl
+from stance.checkpoint import check_model_folder, sha256, write_json, write_manifest
+from stance.cli import main
+from stance.errors import CheckpointError, ExportError, StanceError, UsageError
+from stance.export import describe, export, push_to_hub
+from stance.gate import Evidence, check, gate_table, random_batches
+from stance.graphs import run_onnx, run_openvino, run_torch
+from stance.inference import load
+from stance.labels import CONFLICT, DEFAULT_TASKS, DIALOGUE, SENTIMENT
+from stance.model import StanceConfig, StanceForSequenceClassification, build_model
+from stance.stock import STOCK_ENCODERS, one_task_classifier
+from test_model import FAMILIES, make_tokenizer
+
+NAMES = [f"{t.name}:{label}" for t in DEFAULT_TASKS for label in t.labels]
+PAIRS = [("the envoy", "we will meet and talk"), ("", "war"), ("General North", "no talks, never again " * 3)]
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def run_cli(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return int(caught.value.code or 0)
+
+
+def in_clean_process(code: str, *arguments: object) -> str:
+    """Run code where this package cannot be imported."""
+    prefix = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in REFUSED: raise ImportError('refused: ' + name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    refused = ("stance",) if "pipeline" in code else ("stance", "torch", "transformers")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"REFUSED = {refused!r}\n{prefix}{code}", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, cwd="/",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(trained, tmp_path_factory) -> Path:
+    """The trained model as ONNX, fp32 and int8, calibrated."""
+    model = tmp_path_factory.mktemp("calibrated") / "model"
+    shutil.copytree(trained, model)
+    meta = json.loads((model / "stance.json").read_text())
+    meta |= {"temperatures": {"dialogue": 1.7, "conflict": 0.6}, "abstention": {"stance": [[0.8, 0.4]]}}
+    write_json(model / "stance.json", meta)
+    write_manifest(model, json.loads((model / "manifest.json").read_text())["files"])
+    folder = model.parent / "onnx"
+    export(model, folder, format="onnx", int8=False)
+    return folder
+
+
+# --- one task as a stock classifier ---------------------------------------------------------------
+
+
+def family_model(family: str, pooling: str, tmp_path: Path) -> Any:
+    """A random model of a family, its weights large enough for the logits to differ."""
+    from transformers import AutoConfig, AutoModel
+
+    from stance.config import ModelConfig
+
+    tokenizer = make_tokenizer(family, tmp_path / "encoder")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **FAMILIES[family]
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    settings = ModelConfig(encoder=str(tmp_path / "encoder"), pooling=pooling)
+    model = build_model(settings, DEFAULT_TASKS, "eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, parameter in model.named_parameters():
+            if name in ("classifier.weight", "classifier.out_proj.weight"):
+                parameter.mul_(8)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stock_classifier_gives_the_models_own_calibrated_logits(family, pooling, tmp_path):
+    model, tokenizer = family_model(family, pooling, tmp_path)
+    stock = one_task_classifier(model, DEFAULT_TASKS, CONFLICT, 1.7)
+    assert stock.config.id2label == {0: "against", 1: "none", 2: "favor"}
+    assert type(stock).__module__.startswith("transformers.")
+    stock.save_pretrained(tmp_path / "stock")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "stock").eval()
+    for batch in random_batches(len(tokenizer), 40, tokenizer.pad_token_id, tokenizer.model_input_names):
+        expected = run_torch(model)(batch)[:, 3:6] / 1.7
+        assert np.abs(expected).max() > 0.1
+        for one in (stock, again):
+            np.testing.assert_allclose(run_torch(one)(batch), expected, atol=2e-5)
+
+
+def test_every_family_that_is_tested_has_a_stock_class():
+    assert set(STOCK_ENCODERS) == set(FAMILIES)
+
+
+def test_an_encoder_without_a_stock_form_is_refused_with_what_to_do():
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    encoder = {"model_type": "mpnet", "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "intermediate_size": 16}  # fmt: skip
+    model = StanceForSequenceClassification(StanceConfig(encoder=encoder, **names))
+    with pytest.raises(ExportError, match=r"got 'mpnet' - train with model.pooling: first"):
+        one_task_classifier(model, DEFAULT_TASKS, DIALOGUE)
+
+
+@pytest.mark.slow
+def test_a_plain_pipeline_prints_favor_with_our_probabilities(trained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    meta = json.loads((model / "stance.json").read_text()) | {"temperatures": {"dialogue": 1.7}}
+    write_json(model / "stance.json", meta)
+    write_manifest(model, json.loads((model / "manifest.json").read_text())["files"])
+    export(model, tmp_path / "stock", format="transformers", task="dialogue")
+    assert json.loads((tmp_path / "stock/config.json").read_text())["architectures"] == [
+        "BertForSequenceClassification"
+    ]
+    code = (
+        "import json\n"
+        "from transformers import pipeline\n"
+        "p = pipeline('text-classification', sys.argv[1], top_k=None)\n"
+        "pairs = json.loads(sys.argv[2])\n"
+        "print(json.dumps([p({'text': a, 'text_pair': b}, truncation=True) for a, b in pairs]))\n"
+    )
+    found = json.loads(in_clean_process(code, tmp_path / "stock", json.dumps(PAIRS)).splitlines()[-1])
+    source = load(trained)
+    logits = source.predict_proba(PAIRS)["dialogue"]
+    want = np.log(logits) / 1.7
+    want = np.exp(want) / np.exp(want).sum(axis=1, keepdims=True)
+    assert {entry["label"] for entry in found[0]} == {"favor", "none", "against"}
+    for row, expected in zip(found, want, strict=True):
+        values = {e["label"]: e["score"] for e in row}
+        np.testing.assert_allclose([values[n] for n in DIALOGUE.labels], expected, atol=1e-5)
+    meta, tasks = check_model_folder(tmp_path / "stock")
+    assert tasks == (DIALOGUE,)
+    assert "temperatures" not in meta  # they are in the weights
+    assert load(tmp_path / "stock").predict(PAIRS)[0].labels["dialogue"] == found[0][0]["label"]
+
+
+# --- whole folders --------------------------------------------------------------------------------
+
+
+def test_a_transformers_folder_loads_as_the_run_does(trained, tmp_path):
+    result = export(trained, tmp_path / "out", format="transformers")
+    assert set(files_of(tmp_path / "out")) == {
+        "README.md", "config.json", "manifest.json", "model.safetensors", "stance.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert load(tmp_path / "out").predict(PAIRS) == load(trained).predict(PAIRS)
+    assert max(f.value for f in result.findings["model.safetensors"]) == 0.0
+    meta = json.loads((tmp_path / "out/stance.json").read_text())
+    assert meta["codebook"] == 1
+    assert meta["data"]
+    assert str(trained) not in "".join(p.read_text() for p in (tmp_path / "out").glob("*.json"))
+
+
+def test_onnx_runs_without_torch_and_agrees(onnx_folder):
+    config = json.loads((onnx_folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"]["2"] == "dialogue:favor"
+    assert not (onnx_folder / "model.safetensors").exists()
+    code = (
+        "import json, numpy as np, onnxruntime, tokenizers\n"
+        "folder = sys.argv[1]\n"
+        "t = tokenizers.Tokenizer.from_file(folder + '/tokenizer.json')\n"
+        "t.no_truncation(); t.no_padding()\n"
+        "s = onnxruntime.InferenceSession(folder + '/onnx/model.onnx')\n"
+        "def run(a, b):\n"
+        "    e = t.encode(a, b)\n"
+        "    feed = {'input_ids': e.ids, 'attention_mask': e.attention_mask, 'token_type_ids': e.type_ids}\n"
+        "    return s.run(['logits'], {k: np.array([v]) for k, v in feed.items()})[0][0].tolist()\n"
+        "print(json.dumps([[i.name, i.type, i.shape] for i in [*s.get_inputs(), *s.get_outputs()]]))\n"
+        "print(json.dumps([run(a, b) for a, b in json.loads(sys.argv[2])]))\n"
+    )
+    shapes, logits = map(json.loads, in_clean_process(code, onnx_folder, json.dumps(PAIRS)).splitlines()[-2:])
+    axes = ["batch", "sequence"]
+    assert shapes == [
+        ["input_ids", "tensor(int64)", axes],
+        ["attention_mask", "tensor(int64)", axes],
+        ["token_type_ids", "tensor(int64)", axes],
+        ["logits", "tensor(float)", ["batch", 9]],
+    ]
+    meta, tasks = check_model_folder(onnx_folder)
+    assert meta["temperatures"] == {"dialogue": 1.7, "conflict": 0.6}
+    assert meta["abstention"] == {"stance": [[0.8, 0.4]]}
+    assert [t.name for t in tasks] == ["dialogue", "conflict", "sentiment"]
+    entry = meta["exports"]["onnx/model.onnx"]
+    assert (entry["backend"], entry["precision"], entry["opset"]) == ("onnxruntime", "fp32", graphs.OPSET)
+    assert entry["parity"]["validation_rows"] > 0
+    assert entry["parity"]["max logit difference, validation"] <= 1e-4
+    assert len(logits) == len(PAIRS)
+
+
+def test_the_graphs_logits_are_the_models(trained, onnx_folder):
+    probabilities = load(trained).predict_proba(PAIRS)
+    tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
+    batch = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="np")
+    logits = run_onnx(onnx_folder / "onnx/model.onnx")(dict(batch))
+    for i, task in enumerate((DIALOGUE, CONFLICT, SENTIMENT)):
+        part = np.exp(logits[:, 3 * i : 3 * i + 3])
+        np.testing.assert_allclose(part / part.sum(1, keepdims=True), probabilities[task.name], atol=1e-5)
+
+
+def test_an_export_made_twice_has_the_same_bytes(trained, onnx_folder, tmp_path):
+    for number in (1, 2):
+        export(trained, tmp_path / f"t{number}", format="transformers", task="sentiment")
+        torch.manual_seed(number)  # the random state of the process must not matter
+    assert files_of(tmp_path / "t1") == files_of(tmp_path / "t2")
+    export(onnx_folder.parent / "model", tmp_path / "onnx", format="onnx", int8=False)
+    assert files_of(onnx_folder) == files_of(tmp_path / "onnx")
+
+
+def test_no_export_names_a_place_of_this_machine(onnx_folder):
+    for path in onnx_folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"site-packages" not in content, path
+            assert str(ROOT).encode() not in content, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bert"])
+def test_every_architecture_exports_to_onnx_and_agrees(family, tmp_path):
+    model, tokenizer = family_model(family, "mean", tmp_path)
+    inputs = tokenizer.model_input_names
+    graphs.to_onnx(model, tmp_path / "model.onnx", inputs)
+    run = run_onnx(tmp_path / "model.onnx")
+    for batch in random_batches(len(tokenizer), 40, tokenizer.pad_token_id, inputs):
+        np.testing.assert_allclose(run(batch), run_torch(model)(batch), atol=1e-4)
+
+
+# --- the gate -------------------------------------------------------------------------------------
+
+
+def evidence(rows: int = 400) -> Evidence:
+    rng = np.random.default_rng(0)
+    y_true = rng.integers(0, 3, (rows, 3))
+    logits = np.concatenate([np.eye(3)[y_true[:, i]] for i in range(3)], axis=1) * 4
+    return Evidence([{"rows": np.arange(rows)}], [{"rows": np.arange(5)}], [logits, logits[:5]], y_true)
+
+
+def test_the_same_logits_pass():
+    found = check(lambda b: evidence().expected[0][b["rows"]], evidence(), DEFAULT_TASKS, precision="fp32")
+    assert all(f.passed for f in found)
+    assert max(f.value for f in found) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "precision", "failed"),
+    [
+        (lambda x: x + 2e-4, "fp32", {"max logit difference, random batches", "max logit difference, validation"}),
+        (lambda x: x + 2e-4, "int8", set()),
+        (lambda x: x * np.nan, "int8", {"max logit difference, random batches", "max logit difference, validation",
+                                        "dialogue: labels that differ", "conflict: labels that differ",
+                                        "sentiment: labels that differ"}),
+        (lambda x: x[:, :6], "fp32", {"max logit difference, random batches"}),
+    ],
+)  # fmt: skip
+def test_logits_too_far_off_fail(spoil, precision, failed):
+    found = check(
+        lambda b: spoil(evidence().expected[0][b["rows"]]), evidence(), DEFAULT_TASKS, precision=precision
+    )
+    assert failed <= {f.name for f in found if not f.passed}
+    assert bool(failed) == any(not f.passed for f in found)
+
+
+@pytest.mark.parametrize(("flips", "passes"), [(0, True), (2, True), (3, False), (40, False)])
+def test_flipped_labels_fail_past_half_a_percent(flips, passes):
+    def run(batch):
+        logits = evidence().expected[0][batch["rows"]].copy()
+        if len(logits) > 5:
+            logits[:flips, :3] = np.roll(logits[:flips, :3], 1, axis=1)
+        return logits
+
+    found = {f.name: f for f in check(run, evidence(), DEFAULT_TASKS, precision="int8")}
+    assert found["dialogue: labels that differ"].value == pytest.approx(flips / 400)
+    assert found["dialogue: labels that differ"].passed == passes
+    assert found["sentiment: labels that differ"].value == 0
+    assert ("TOO MUCH" in gate_table([found["dialogue: labels that differ"]])) != passes
+
+
+def test_a_better_score_is_no_loss():
+    made = evidence()
+    wrong = Evidence(
+        made.validation, made.random, [np.roll(made.expected[0], 1, axis=1), made.expected[1]], made.y_true
+    )
+    found = check(lambda b: made.expected[0][b["rows"]], wrong, DEFAULT_TASKS, precision="int8")
+    losses = [f for f in found if f.name.endswith("loss of macro-F1")]
+    assert losses
+    assert all(f.passed and f.value < 0 for f in losses)
+
+
+def test_random_batches_cover_padding_and_lengths():
+    batches = random_batches(50, 20, 0, ["input_ids", "attention_mask", "token_type_ids"])
+    assert {b["input_ids"].shape[1] for b in batches} >= {1, 7, 16, 20}
+    assert any((b["attention_mask"] == 0).any() for b in batches)
+    assert all(((b["input_ids"] == 0) == (b["attention_mask"] == 0)).all() for b in batches)
+    assert all(b["input_ids"].max() < 50 for b in batches)
+
+
+def test_a_bad_graph_leaves_nothing_and_exits_4(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(graphs, "to_onnx", lambda model, path, inputs: path.write_bytes(b"graph"))
+    monkeypatch.setattr(graphs, "run_onnx", lambda path: lambda b: np.zeros((len(b["input_ids"]), 9)))
+    assert run_cli("export", trained, "-o", tmp_path / "out", "--format", "onnx") == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "onnx/model.onnx: differs too much from the model" in err
+    assert "TOO MUCH" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_tries_the_next_scheme_before_it_gives_up(trained, tmp_path, monkeypatch):
+    """The first two schemes give wrong labels, the third the right ones."""
+    schemes = iter(["a", "b", "c", "d"])
+    tried = []
+
+    def fake_int8(source, target, calibration):
+        for name in schemes:
+            tried.append(name)
+            target.write_bytes(name.encode())
+            yield name
+
+    right = run_torch(export_module._load_model(trained))
+
+    def run(path):
+        spoilt = path.read_bytes() in (b"a", b"b")
+        return (lambda b: -right(b)) if spoilt else right
+
+    monkeypatch.setattr(graphs, "to_onnx", lambda model, path, inputs: path.write_bytes(b"graph"))
+    monkeypatch.setattr(graphs, "onnx_int8", fake_int8)
+    monkeypatch.setattr(graphs, "run_onnx", run)
+    lines: list[str] = []
+    export(trained, tmp_path / "out", format="onnx", log=lines.append)
+    assert tried == ["a", "b", "c"]
+    assert "onnx/model_quantized.onnx: int8, b: not good enough" in lines
+    entry = check_model_folder(tmp_path / "out")[0]["exports"]["onnx/model_quantized.onnx"]
+    assert (entry["precision"], entry["scheme"]) == ("int8", "c")
+
+    monkeypatch.setattr(
+        graphs, "run_onnx", lambda path: right if path.name == "model.onnx" else lambda b: -right(b)
+    )
+    schemes = iter(["a", "b"])
+    with pytest.raises(ExportError, match=r"(?s)TOO MUCH.*no int8 scheme is good enough .* --no-int8"):
+        export(trained, tmp_path / "none", format="onnx")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_the_int8_schemes_write_graphs_that_run(onnx_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
+    batches = random_batches(len(tokenizer), 40, 0, tokenizer.model_input_names)
+    sizes = []
+    for _ in graphs.onnx_int8(onnx_folder / "onnx/model.onnx", tmp_path / "q.onnx", batches):
+        logits = run_onnx(tmp_path / "q.onnx")(batches[2])
+        assert logits.shape == (3, 9)
+        assert np.isfinite(logits).all()
+        sizes.append((tmp_path / "q.onnx").stat().st_size)
+    assert len(sizes) >= 4
+    assert max(sizes) < (onnx_folder / "onnx/model.onnx").stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ["q.onnx"]
+
+
+@pytest.mark.slow
+def test_openvino_agrees(trained, tmp_path):
+    pytest.importorskip("openvino")
+    for name in ("out", "again"):
+        export(trained, tmp_path / name, format="openvino")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+    entry = check_model_folder(tmp_path / "out")[0]["exports"]["openvino/openvino_model.xml"]
+    assert (entry["backend"], entry["precision"]) == ("openvino", "fp32")
+    assert {p.name for p in (tmp_path / "out/openvino").iterdir()} == {
+        "openvino_model.xml",
+        "openvino_model.bin",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = dict(tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="np"))
+    expected = run_torch(export_module._load_model(trained))(batch)
+    np.testing.assert_allclose(
+        run_openvino(tmp_path / "out/openvino/openvino_model.xml")(batch), expected, atol=1e-4
+    )
+    assert str(tmp_path).encode() not in (tmp_path / "out/openvino/openvino_model.xml").read_bytes()
+
+
+# --- the call -------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_there_is_replaced_only_by_force_and_only_if_it_is_an_export(trained, tmp_path):
+    out = tmp_path / "out"
+    export(trained, out, format="transformers")
+    with pytest.raises(UsageError, match="exists already - replace it with --force"):
+        export(trained, out, format="transformers")
+    export(trained, out, format="transformers", task="conflict", force=True)
+    assert check_model_folder(out)[1] == (CONFLICT,)
+    (out / "diary.txt").write_text("mine")
+    for place in (out, shutil.copytree(trained, tmp_path / "run")):
+        with pytest.raises(UsageError, match="--force replaces exports only"):
+            export(trained, place, format="transformers", force=True)
+    assert (out / "diary.txt").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_failed_replacement_leaves_the_earlier_export(trained, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(trained, out, format="transformers")
+    before = files_of(out)
+    real = os.rename
+
+    def rename(source, target):
+        if Path(target) == out and ".partial" in str(source):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(ExportError, match="writing failed: No space left on device"):
+        export(trained, out, format="transformers", task="conflict", force=True)
+    assert files_of(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", [".", "inside/.."])
+def test_a_model_is_not_written_over_itself(trained, place):
+    with pytest.raises(UsageError, match="must be another folder than the model's"):
+        export(trained, trained / place, format="transformers", force=True)
+
+
+def test_usage_errors(trained, onnx_folder, tmp_path):
+    with pytest.raises(UsageError, match="--task: must be one of dialogue, conflict, sentiment; got 'x'"):
+        export(trained, tmp_path / "x", format="transformers", task="x")
+    with pytest.raises(UsageError, match="--format: must be one of"):
+        export(trained, tmp_path / "x", format="tflite")
+    with pytest.raises(UsageError, match=r"holds no model.safetensors, only an export"):
+        export(onnx_folder, tmp_path / "x", format="transformers")
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        export(tmp_path / "none", tmp_path / "x", format="transformers")
+
+
+def test_a_missing_library_names_what_installs_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"onnx, onnxscript, onnxruntime must be installed - pip install"):
+        export(trained, tmp_path / "x", format="onnx")
+
+
+def test_without_validation_rows_int8_is_refused_and_fp32_compared_on_random_batches(
+    trained, tmp_path, monkeypatch
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors", "stance.json", "tokenizer.json", "tokenizer_config.json",
+                 "manifest.json"):  # fmt: skip
+        shutil.copy(trained / name, bare)
+    with pytest.raises(UsageError, match=r"--int8: needs annotated validation rows.* --validation FILES"):
+        export(bare, tmp_path / "x", format="onnx")
+    result = export(bare, tmp_path / "x", format="transformers")
+    assert [f.name for f in result.findings["model.safetensors"]] == ["max logit difference, random batches"]
+    rows = write_jsonl(tmp_path / "mine.jsonl", corpus_rows(20, seed=5))
+    result = export(bare, tmp_path / "y", format="transformers", validation=[str(rows)])
+    assert "stance: labels that differ" in {f.name for f in result.findings["model.safetensors"]}
+
+
+def test_data_that_changed_since_is_not_taken_for_validation(trained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    identity = json.loads((model / "identity.json").read_text())
+    identity["data"] = dict.fromkeys(identity["data"], "0" * 64)
+    (model / "identity.json").write_text(json.dumps(identity))
+    lines: list[str] = []
+    result = export(model, tmp_path / "x", format="transformers", log=lines.append)
+    assert len(result.findings["model.safetensors"]) == 1
+    assert any("the annotated files have changed since" in line for line in lines)
+
+
+def test_the_model_card_says_what_it_is(trained, tmp_path):
+    import yaml
+
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    (model / "report").mkdir(exist_ok=True)
+    scores = {"dialogue": {"n": 7, "macro_f1": 0.81234, "accuracy": 0.9, "mcc": None}}
+    (model / "report/report.json").write_text(json.dumps({"split": "test", "n": 7, "scores": scores}))
+    export(model, tmp_path / "x", format="transformers", task="dialogue")
+    text = (tmp_path / "x/README.md").read_text()
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["pipeline_tag"] == "text-classification"
+    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.8123
+    assert "| dialogue | 0.812 | 0.900 | - |" in text
+    assert 'classify({"text": "the envoy"' in text
+
+
+def test_verify_says_what_a_folder_is(trained, onnx_folder, capsys, tmp_path):
+    assert run_cli("verify", onnx_folder) == 0
+    text = capsys.readouterr().out
+    assert "dialogue: against, none, favor (temperature 1.7)" in text
+    assert "export: onnx/model.onnx, onnxruntime, fp32" in text
+    assert run_cli("verify", trained, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == describe(trained)
+    assert found["architecture"] == "bert"
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / "config.json").write_text("{}")
+    assert run_cli("verify", broken) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "config.json has changed since it was written" in err
+
+
+class Hub:
+    """Stands in for huggingface_hub.HfApi: keeps what it is given, or refuses."""
+
+    calls: ClassVar[list[tuple[str, Any]]] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, name: str, **options: Any) -> str:
+        Hub.calls.append(("create_repo", (name, options)))
+        if Hub.error:
+            raise Hub.error
+        return f"https://hub.example/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> Any:
+        Hub.calls.append(("upload_folder", (repo_id, files_of(Path(folder_path)))))
+        return SimpleNamespace()
+
+
+def test_push_to_hub_uploads_the_whole_folder(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    out = tmp_path / "out"
+    code = run_cli(
+        "export", trained, "-o", out, "--format", "transformers", "--push-to-hub", "me/stance-mini"
+    )
+    assert code == 0
+    assert "uploaded: https://hub.example/me/stance-mini" in capsys.readouterr().out
+    (made, (name, _)), (sent, (repository, files)) = Hub.calls
+    assert (made, sent, name, repository) == (
+        "create_repo",
+        "upload_folder",
+        "me/stance-mini",
+        "me/stance-mini",
+    )
+    assert files == files_of(out)
+    with pytest.raises(UsageError, match="--push-to-hub: must be owner/name"):
+        push_to_hub(out, "stance")
+    monkeypatch.setattr(Hub, "error", ConnectionError("no route"))
+    with pytest.raises(StanceError, match=r"the upload failed: no route .* the export is whole in"):
+        push_to_hub(out, "me/stance-mini")
+    assert out.is_dir()
+
+
+@pytest.mark.slow
+def test_the_script_is_the_command(trained, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "scripts/export.py",
+        trained,
+        "-o",
+        tmp_path / "x",
+        "--format",
+        "transformers",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip().endswith(f"exported: {tmp_path / 'x'}")
