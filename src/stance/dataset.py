@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stance.annotations import Statement, label_of
+from stance.annotations import Statement, column_value, label_of
 from stance.errors import DataError, did_you_mean
 from stance.labels import NOT_ANNOTATED, Task
 
@@ -120,7 +120,7 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
         if s.group:
             keys["group", s.group].append(i)
         if config.group_by:
-            value = _column(s, config.group_by)
+            value = column_value(s, config.group_by)
             if value:
                 keys["by", str(value)].append(i)
     # The default column may be missing; any other that was asked for must be there.
@@ -142,11 +142,6 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
 
 def _stratum(statement: Statement, tasks: Sequence[Task]) -> str:
     return "/".join(statement.labels.get(task.name, "-") for task in tasks[:2])
-
-
-def _column(statement: Statement, name: str) -> Any:
-    own = {"id": statement.id, "speaker": statement.speaker, "context": statement.context}
-    return own[name] if name in own else statement.fields.get(name)
 
 
 def _draw(
