@@ -126,7 +126,7 @@ def _problems(record: Record) -> Iterator[str]:
     if kind == "INV" and not (expect is None or (isinstance(expect, list) and expect)):
         yield f'expect must be a list of tasks, as ["dialogue"]; got {expect!r}'
     if kind == "DIR" and not (
-        isinstance(expect, dict) and expect and set(expect.values()) <= {"up", "down"}
+        isinstance(expect, dict) and expect and all(v in ("up", "down") for v in expect.values())
     ):
         yield f'expect must say up or down of a figure, as {{"lean": "down"}}; got {expect!r}'
 
@@ -224,7 +224,11 @@ def _one_or_more(wanted: Any) -> list[Any]:
 def _failure(case: Case, base: Prediction, variants: Sequence[Prediction]) -> dict[str, Any] | None:
     """Return how a case fails, at its first variant that does; None if it passes."""
     for index, answer in enumerate(variants or [base]):
-        bad = {key: wanted for key, wanted in case.expect.items() if not _holds(key, wanted, base, answer)}
+        bad = {
+            key: wanted
+            for key, wanted in case.expect.items()
+            if not _holds(case.type, key, wanted, base, answer)
+        }
         if not bad:
             continue
         failure: dict[str, Any] = {
@@ -242,10 +246,10 @@ def _failure(case: Case, base: Prediction, variants: Sequence[Prediction]) -> di
     return None
 
 
-def _holds(key: str, wanted: Any, base: Prediction, answer: Prediction) -> bool:
-    if wanted == "same":
+def _holds(kind: str, key: str, wanted: Any, base: Prediction, answer: Prediction) -> bool:
+    if kind == "INV":
         return _label(base, key) == _label(answer, key)
-    if wanted in ("up", "down"):
+    if kind == "DIR":
         change = _figure(answer, key) - _figure(base, key)
         return change > 0 if wanted == "up" else change < 0
     return _label(answer, key) in _one_or_more(wanted)
@@ -262,7 +266,7 @@ def _figure(answer: Prediction, name: str) -> float:
     if name == "lean":
         return float(answer.lean or 0.0)
     task, label = name.split(":", 1)
-    table = answer.probabilities[task] if task in answer.probabilities else answer.stance_probabilities
+    table = answer.probabilities.get(task, answer.stance_probabilities)
     return float((table or {})[label])
 
 

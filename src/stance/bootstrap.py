@@ -121,9 +121,7 @@ def make_clusters(
             f"--cluster: must be a column of the rows, or row; got {column!r}{did_you_mean(column, known)}"
         )
     keys: dict[object, int] = {}
-    index = [
-        keys.setdefault(_key(s, column) or (i,), len(keys)) for i, s in enumerate(statements)
-    ]
+    index = [keys.setdefault(_key(s, column) or (i,), len(keys)) for i, s in enumerate(statements)]
     return Clusters(column, np.array(index, dtype=np.int64), len(keys), resamples, seed)
 
 

@@ -118,9 +118,7 @@ def evaluate(
         "stance_version": __version__,
         "n": len(statements),
         "headline": scored[0].name,
-        "tasks": [
-            {"name": t.name, "labels": list(t.labels), "derived": t not in tasks} for t in scored
-        ],
+        "tasks": [{"name": t.name, "labels": list(t.labels), "derived": t not in tasks} for t in scored],
         "interval": clusters.to_dict(),
         "scores": _scores(y_true, y_pred, scored, clusters),
         "slices": slice_scores(members, y_true, y_pred, tasks, clusters),
@@ -137,9 +135,7 @@ def evaluate(
     return report
 
 
-def _scores(
-    y_true: IntArray, y_pred: IntArray, scored: Sequence[Task], clusters: Clusters
-) -> dict[str, Any]:
+def _scores(y_true: IntArray, y_pred: IntArray, scored: Sequence[Task], clusters: Clusters) -> dict[str, Any]:
     result = {}
     for i, task in enumerate(scored):
         entry = scores(y_true[:, i], y_pred[:, i], task.labels)
@@ -195,7 +191,8 @@ def _prediction_rows(
                 "predicted": {t.name: t.labels[pred] for t, _, pred in ids},
                 "correct": {t.name: true == pred for t, true, pred in annotated},
                 "probabilities": {
-                    t.name: dict(zip(t.labels, probabilities[t.name][i].tolist(), strict=True)) for t in scored
+                    t.name: dict(zip(t.labels, probabilities[t.name][i].tolist(), strict=True))
+                    for t in scored
                 },
                 "confidence": float(confidence[i]),
                 "slices": dict(members[i]),
@@ -204,9 +201,7 @@ def _prediction_rows(
     return rows
 
 
-def score_groups(
-    statements: Sequence[Statement], y_true: IntArray, y_pred: IntArray
-) -> dict[str, Any]:
+def score_groups(statements: Sequence[Statement], y_true: IntArray, y_pred: IntArray) -> dict[str, Any]:
     """Return the share of contrast groups, and of same-text groups, that are wholly right.
 
     A group is right if every row's headline label is; only groups with two or more annotated rows count.

@@ -28,6 +28,7 @@ __all__ = [
     "environment",
     "identify",
     "model_identity",
+    "seed_folders",
     "statement_key",
     "trained_on",
 ]
@@ -71,6 +72,14 @@ def model_identity(folder: Path) -> dict[str, Any]:
                 "hardware", "data")  # fmt: skip
         result["training"] = {name: run[name] for name in kept if name in run}
     return result
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """Return the runs of ``stance train --seeds N`` in a folder, by seed; none if it is a model itself."""
+    if (folder / MANIFEST).is_file():
+        return []
+    found = [p for p in folder.glob("seed-*") if p.name[5:].isdecimal() and (p / MANIFEST).is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def data_identity(

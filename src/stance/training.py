@@ -55,7 +55,7 @@ from stance.checkpoint import (
     write_manifest,
 )
 from stance.config import Config
-from stance.dataset import SPLITS, label_ids, make_splits, tokenise
+from stance.dataset import LEFT_OUT, SPLITS, label_ids, make_splits, tokenise
 from stance.errors import (
     CheckpointError,
     ConfigError,
@@ -185,7 +185,8 @@ def load_parts(config: Config) -> dict[str, list[Statement]]:
     splits = make_splits(statements, config.data.split, config.task_list)
     parts: dict[str, list[Statement]] = {name: [] for name in SPLITS}
     for statement, split in zip(statements, splits, strict=True):
-        parts[split].append(statement)
+        if split != LEFT_OUT:
+            parts[split].append(statement)
     return parts
 
 
@@ -661,7 +662,8 @@ def validation_metrics(prediction: EvalPrediction, tasks: Sequence[Task]) -> dic
     flat = {
         f"{name}_{key}": entry[key]
         for name, entry in scores.items()
-        for key in ("macro_f1", "accuracy", "mcc")
+        for key in ("macro_f1", "accuracy", "mcc", "f_avg")
+        if key in entry
     }
     return {"macro_f1": mean_macro_f1(scores, tasks), **flat}
 
