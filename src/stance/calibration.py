@@ -44,7 +44,8 @@ ACCURACIES = tuple(round(0.5 + i / 100, 2) for i in range(50))
 LEAST_KEPT = 30
 """A threshold that keeps fewer validation rows than this says little: such an accuracy counts as
 not reachable."""
-_T_RANGE = (0.05, 20.0)
+_T_RANGE = (0.25, 10.0)
+"""Where a temperature is looked for: a few rows that are all right would ask for none at all."""
 
 
 def raw_logits(

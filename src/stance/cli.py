@@ -178,6 +178,7 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
     print(f"\n{report['split']} split, {report['n']} statements\n")
     print(table(report["scores"], report.get("baselines")))
     _print_groups(report)
+    _print_means(report)
     behaviour = report.get("behaviour")
     if behaviour:
         print(
@@ -503,6 +504,7 @@ def _print_report(report: dict[str, Any]) -> None:
     if report.get("data", {}).get("trained_on"):
         say(f"warning: the model was trained on {report['data']['trained_on']} of these statements")
     _print_groups(report)
+    _print_means(report)
     for task, entry in report["calibration"]["tasks"].items():
         before, after = entry["before"]["ece"], entry["after"]["ece"]
         print(f"calibration error of {task}: {after:.3f} ({before:.3f} before its temperature)")
@@ -515,6 +517,15 @@ def _print_report(report: dict[str, Any]) -> None:
     _print_abstention(report)
     for part in report.get("behaviour", {}).get("capabilities", []):
         print(f"behaviour: {part['capability']}: {part['passed']} of {part['n']} ({part['rate']:.0%})")
+
+
+def _print_means(report: dict[str, Any]) -> None:
+    """The mean over speakers, where these are few: what TweetEval reports over its targets."""
+    mean = report["slices"]["columns"].get("speaker", {}).get("mean", {}).get(report["headline"], {})
+    if "f_avg" in mean:
+        print(
+            f"mean over {mean['slices']} speakers: macro-F1 {mean['macro_f1']:.3f}, F_avg {mean['f_avg']:.3f}"
+        )
 
 
 def _mean_and_deviation(figures: dict[str, Any]) -> str:

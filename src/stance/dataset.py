@@ -109,10 +109,10 @@ def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Seq
 
 def _given_splits(statements: Sequence[Statement], column: str, names: Mapping[str, str | None]) -> list[str]:
     problems, splits = [], []
-    known = {name: name for name in SPLITS} | names
+    known: dict[str, str | None] = {**{name: name for name in SPLITS}, **names}
     for s in statements:
         value = s.fields.get(column)
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             problems.append(
                 f"{s.where}: {column} must be one of {', '.join(known)}; got {value!r}"
                 f"{did_you_mean(str(value), list(known))} - mend the cell or set data.split.column to null"

@@ -154,6 +154,11 @@ def _abstention(
 ) -> dict[str, Any]:
     table = meta.get("abstention", {}).get(STANCE_TASK.name)
     if not table or scored[0] != STANCE_TASK:
+        if wished is not None:
+            raise UsageError(
+                "--abstain-at: must be asked of a model with thresholds for the overall stance; this one has none - "
+                "train it again"
+            )
         return {}
     known = [accuracy for accuracy, _ in table]
     if wished is not None and wished not in known:

@@ -117,7 +117,7 @@ def slice_scores(
                 members.setdefault(column, {}).setdefault(value, []).append(i)
     columns: dict[str, Any] = {}
     for column, parts in members.items():
-        values = []
+        entries: list[dict[str, Any]] = []
         for value, found in parts.items():
             rows = np.zeros(len(slices), dtype=bool)
             rows[found] = True
@@ -126,9 +126,9 @@ def slice_scores(
                 for i, t in enumerate(scored)
             }
             entry = {"value": value, "n": len(found), "small": len(found) < SMALL, "scores": figures}
-            values.append(entry)
-        values.sort(key=lambda v: _worst_first(v, scored[0].name))
-        columns[column] = {"values": values, "mean": _means(values)}
+            entries.append(entry)
+        entries.sort(key=lambda v: _worst_first(v, scored[0].name))
+        columns[column] = {"values": entries, "mean": _means(entries)}
     return {"small": SMALL, "columns": columns}
 
 
