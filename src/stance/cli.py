@@ -575,7 +575,14 @@ def compare(
     """Compare two models, or a model and a baseline, on the same statements: is B better than A?"""
     from stance.bootstrap import make_clusters
     from stance.checkpoint import write_json
-    from stance.comparison import answers, common_tasks, compare_answers, comparison_lines, opponent
+    from stance.comparison import (
+        answers,
+        common_tasks,
+        compare_answers,
+        comparison_lines,
+        opponent,
+        rows_seen,
+    )
 
     if output is not None and output.exists() and not force:
         raise UsageError(f"{output}: exists already - replace it with --force or choose another")
@@ -586,7 +593,12 @@ def compare(
     y_pred = [answers(side, statements, tasks, train) for side in sides]
     clusters = make_clusters(statements, cluster)
     result = compare_answers((a, b), y_pred, statements, tasks, clusters)
+    result["trained_on"] = [rows_seen(side, statements, train) for side in sides]
+    for name, seen in zip((a, b), result["trained_on"], strict=True):
+        if seen:
+            say(f"warning: {name} was trained on {seen} of these statements")
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
     if format is TextOrJson.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -650,16 +662,18 @@ def audit_labels(
 ) -> None:
     """List the statements whose annotation the model doubts most, to send back to annotators."""
     from stance.inference import load
-    from stance.label_errors import doubt_lines, doubt_rows, find_label_errors
-    from stance.records import write_records
+    from stance.label_errors import DOUBT_COLUMNS, doubt_lines, doubt_rows, find_label_errors
+    from stance.records import file_format, write_records
 
     if output is not None and output.exists() and not force:
         raise UsageError(f"{output}: exists already - replace it with --force or choose another")
+    if output is not None:
+        file_format(output)  # an unknown suffix is better known now than after the work
     classifier = load(model, device=device)
     statements = _annotated(files, classifier.tasks, config, split, split_column)
     result = find_label_errors(classifier, model, statements, crossval=crossval_folder)
     if output is not None:
-        write_records(doubt_rows(result), output, [])
+        write_records(doubt_rows(result), output, DOUBT_COLUMNS)
     if format is TextOrJson.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return

@@ -18,6 +18,7 @@ from stance.dataset import label_ids
 from stance.errors import DataError, UsageError
 from stance.labels import DEFAULT_TASKS, NOT_ANNOTATED, Task
 from stance.metrics import scored_tasks, scores, with_stance
+from stance.provenance import statement_key, trained_on
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +35,7 @@ __all__ = [
     "comparison_lines",
     "mcnemar",
     "opponent",
+    "rows_seen",
 ]
 
 SCHEMA = 1
@@ -94,6 +96,15 @@ def answers(
         return with_stance(predict_baseline(side.name, train, statements, tasks), tasks)
     logits = raw_logits(side.classifier, statements)
     return predicted_ids({t.name: logits[t.name] for t in tasks}, tasks)
+
+
+def rows_seen(side: Opponent, statements: Sequence[Statement], train: Sequence[Statement]) -> int | None:
+    """Return how many of the statements a side was trained on; None if a model's folder does not say."""
+    if side.classifier is None:
+        keys = {statement_key(s) for s in train}
+        return sum(statement_key(s) in keys for s in statements)
+    seen = trained_on(Path(side.name), statements)
+    return None if seen is None else int(seen.sum())
 
 
 def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
     from stance.inference import Classifier
 
-__all__ = ["doubt_lines", "doubt_rows", "find_label_errors"]
+__all__ = ["DOUBT_COLUMNS", "doubt_lines", "doubt_rows", "find_label_errors"]
+
+DOUBT_COLUMNS = (
+    "task", "where", "id", "speaker", "text", "annotated", "suggested", "quality", "probability"
+)  # fmt: skip
 
 
 def find_label_errors(
