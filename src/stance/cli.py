@@ -202,7 +202,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.evaluation import EXAMPLES, SCHEMA, evaluate, score_baselines, write_report
     from stance.inference import load
     from stance.labels import DEFAULT_TASKS, derives_stance
-    from stance.model_card import write_card
+    from stance.run_card import write_card
     from stance.provenance import identify
     from stance.records import expand_files
     from stance.training import load_parts
@@ -457,7 +457,7 @@ def evaluate(
     from stance.evaluation import evaluate as run_evaluation
     from stance.evaluation import seed_scores, write_report
     from stance.inference import load
-    from stance.model_card import write_card
+    from stance.run_card import write_card
     from stance.provenance import identify, seed_folders
     from stance.records import expand_files
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stance.checkpoint import STANCE_FILE, read_json
 
-__all__ = ["model_card", "write_card"]
+__all__ = ["run_card", "write_card"]
 
 _METRICS = {"macro_f1": ("f1", "Macro-F1"), "accuracy": ("accuracy", "Accuracy"),
             "mcc": ("matthews_correlation", "Matthews correlation"), "f_avg": ("f1", "F1 mean of favor and against")}  # fmt: skip
@@ -19,10 +19,10 @@ _METRICS = {"macro_f1": ("f1", "Macro-F1"), "accuracy": ("accuracy", "Accuracy")
 
 def write_card(folder: Path, report: Mapping[str, Any]) -> None:
     """Write ``README.md`` into a model folder; it is no part of the manifest, as the model does not need it."""
-    (folder / "README.md").write_text(model_card(folder, report), encoding="utf-8")
+    (folder / "README.md").write_text(run_card(folder, report), encoding="utf-8")
 
 
-def model_card(folder: Path, report: Mapping[str, Any]) -> str:
+def run_card(folder: Path, report: Mapping[str, Any]) -> str:
     """Return the card of the model in ``folder`` with the figures of a report (see docs/evaluation.md)."""
     meta = read_json(folder, STANCE_FILE)
     name = folder.resolve().name
