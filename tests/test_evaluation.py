@@ -428,6 +428,22 @@ def test_a_card_without_the_optional_parts(classifier, trained):
     )
 
 
+def test_a_users_words_stay_words_in_the_card(classifier, trained):
+    hostile = "<img src=x onerror=alert(1)> | `x`\n# heading"
+    made = [
+        Statement(
+            "we will meet", labels={"dialogue": "favor", "conflict": "none"}, fields={"register": register}
+        )
+        for register in [hostile, "council"] * 30
+    ]
+    text = run_card(trained, evaluate(classifier, made, ablation=False))
+    assert "Weakest register: " in text
+    worst = [line for line in text.splitlines() if line.startswith("- Weakest register")]
+    assert "<img" not in text
+    assert "\n# heading" not in text
+    assert len(worst) == 1
+
+
 def test_a_learnt_task_called_stance_is_not_the_derived_one():
     task = Task("stance", ("against", "none", "favor"))
     ids = np.array([[0], [2]])

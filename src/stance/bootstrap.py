@@ -59,8 +59,10 @@ class Clusters:
     def weights(self) -> NDArray[np.float32]:
         """How often each cluster is drawn, shape [resamples, clusters]."""
         rng = np.random.default_rng(self.seed)
-        share = np.full(self.number, 1 / self.number)
-        return rng.multinomial(self.number, share, size=self.resamples).astype(np.float32)
+        weights = np.empty((self.resamples, self.number), dtype=np.float32)
+        for row in weights:
+            row[:] = np.bincount(rng.integers(self.number, size=self.number), minlength=self.number)
+        return weights
 
     def figures(
         self, y_true: IntArray, y_pred: IntArray, labels: Sequence[str], rows: NDArray[Any] | None = None

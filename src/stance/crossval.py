@@ -140,7 +140,9 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [p.name for p in folder.iterdir() if p.name not in ("plan.json", "plan.lock")]
+        strange = [p.name for p in folder.iterdir() if "plan" not in p.name]
+        if strange and not (folder / "plan.json").is_file():  # folds come after the plan
+            raise UsageError(f"{folder}: must be empty or hold a cross-validation; got other files")
         with FileLock(folder / "plan.lock"):
             if (folder / "plan.json").is_file():
                 if read_json(folder, "plan.json") != plan:
@@ -148,8 +150,6 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                         f"{folder}: holds a cross-validation of another config, other data or other folds - "
                         "choose another folder, or remove it"
                     )
-            elif strange:
-                raise UsageError(f"{folder}: must be empty or hold a cross-validation; got other files")
             else:
                 write_json(folder / "plan.json", plan)
     except OSError as error:

@@ -5,6 +5,7 @@ The metadata and the model-index are written by huggingface_hub; every figure co
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _metadata(name: str, meta: Mapping[str, Any], report: Mapping[str, Any]) -> 
 
 def _what(meta: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     tasks = "\n".join(
-        f"- **{t['name']}**: {', '.join(t['labels'])}"
+        f"- **{_plain(t['name'])}**: {_plain(', '.join(t['labels']))}"
         + (" (derived from dialogue and conflict)" if t["derived"] else "")
         for t in report["tasks"]
     )
@@ -106,9 +107,14 @@ def _figures(report: Mapping[str, Any]) -> str:
             continue
         cells = [_with_interval(entry, k) for k in ("macro_f1", "accuracy", "mcc")]
         lines.append(
-            f"| {' | '.join([task['name'], *cells, _baseline(report, task['name']), _human(report, task['name'])])} |"
+            f"| {' | '.join([_plain(task['name']), *cells, _baseline(report, task['name']), _human(report, task['name'])])} |"
         )
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """A user's words in Markdown: no markup, one line."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("`", "&#96;")
 
 
 def _with_interval(entry: Mapping[str, Any], figure: str) -> str:
@@ -133,14 +139,14 @@ def _trust(report: Mapping[str, Any]) -> str:
     temperatures = report["calibration"]["temperatures"]
     lines.append(
         "Each task's logits are divided by a temperature fitted on validation: "
-        + ", ".join(f"{name} {t:.2f}" for name, t in temperatures.items())
+        + ", ".join(f"{_plain(name)} {t:.2f}" for name, t in temperatures.items())
         + "."
         if temperatures
         else "The probabilities are not calibrated."
     )
     for task, entry in report["calibration"]["tasks"].items():
         lines.append(
-            f"- {task}: expected calibration error {entry['after']['ece']:.3f} (uncalibrated {entry['before']['ece']:.3f})"
+            f"- {_plain(task)}: expected calibration error {entry['after']['ece']:.3f} (uncalibrated {entry['before']['ece']:.3f})"
         )
     return "\n".join(lines)
 
@@ -168,11 +174,11 @@ def _limits(report: Mapping[str, Any]) -> str:
         if len(worst) > 1 and column in ("register", "length"):
             score = worst[0]["scores"][headline]["macro_f1"]
             lines.append(
-                f"- Weakest {column}: {worst[0]['value']}, macro-F1 {score:.3f} (n {worst[0]['n']})."
+                f"- Weakest {column}: {_plain(worst[0]['value'])}, macro-F1 {score:.3f} (n {worst[0]['n']})."
             )
     behaviour = report.get("behaviour")
     if behaviour:
-        weakest = [f"{c['capability']} {c['rate']:.0%}" for c in behaviour["capabilities"][:3]]
+        weakest = [f"{_plain(c['capability'])} {c['rate']:.0%}" for c in behaviour["capabilities"][:3]]
         lines.append(
             f"- {behaviour['passed']} of {behaviour['n']} behavioural cases passed; weakest: {', '.join(weakest)}."
         )
