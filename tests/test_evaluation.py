@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -292,6 +293,18 @@ def test_calibration_is_the_same_for_a_model_that_already_applies_it(trained, st
     assert "abstention" not in other
 
 
+def test_an_accuracy_that_validation_did_not_reach_is_refused(classifier, statements):
+    model = copy(classifier)
+    model.meta = {**classifier.meta, "abstention": {"stance": [[0.5, 0.3], [0.6, 0.4]]}}
+    report = evaluate(model, statements, ablation=False, abstain_at=0.55)
+    assert report["abstention"]["wished"] == 0.6  # the next one that was reached
+    with pytest.raises(UsageError, match=r"validation reached, 0.60 or less; got 0.7"):
+        evaluate(model, statements, ablation=False, abstain_at=0.7)
+    model.meta = {**classifier.meta, "abstention": {}}
+    with pytest.raises(UsageError, match="this one has none"):
+        evaluate(model, statements, ablation=False, abstain_at=0.7)
+
+
 def test_statements_are_known_again_under_any_name(trained, tmp_path):
     rows = corpus_rows(120)
     for i, row in enumerate(rows):
@@ -367,7 +380,7 @@ def test_evaluate_warns_of_rows_that_were_trained_on(trained, corpus, capsys):
     [
         (["--slice", "regster"], "did you mean 'register'"),
         (["--cluster", "nowhere"], "--cluster: must be a column of the rows"),
-        (["--abstain-at", "0.505"], "--abstain-at: must be an accuracy that validation reached"),
+        (["--abstain-at", "0.2"], "Invalid value for '--abstain-at'"),
         (["--suite", "no-such.jsonl"], "no such file"),
     ],
 )

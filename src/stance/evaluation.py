@@ -160,12 +160,13 @@ def _abstention(
                 "train it again"
             )
         return {}
-    known = [accuracy for accuracy, _ in table]
-    if wished is not None and wished not in known:
-        raise UsageError(
-            f"--abstain-at: must be an accuracy that validation reached, {known[0]:.2f} to {known[-1]:.2f} in "
-            f"steps of 0.01; got {wished}"
-        )
+    if wished is not None:
+        reached = [accuracy for accuracy, _ in table if accuracy >= wished]
+        if not reached:
+            raise UsageError(
+                f"--abstain-at: must be an accuracy that validation reached, {table[-1][0]:.2f} or less; got {wished}"
+            )
+        wished = reached[0]
     confidence = confidences(probabilities[STANCE_TASK.name], y_pred[:, 0])
     rows = abstention_table(table, confidence, y_true[:, 0], y_pred[:, 0])
     return {"task": STANCE_TASK.name, "wished": wished, "table": rows}
