@@ -26,7 +26,9 @@ def grid(statements: Sequence[Statement]) -> str:
     tones = Counter((s.labels["dialogue"], s.labels["conflict"], s.labels["sentiment"]) for s in statements)
     columns = ("favor", "none", "against")
     head = "| dialogue \\ conflict | favor | none | against |\n| --- | --- | --- | --- |\n"
-    counts = head + "".join(f"| **{d}** | " + " | ".join(f"{cells[d, c]:,}" for c in columns) + " |\n" for d in columns)
+    counts = head + "".join(
+        f"| **{d}** | " + " | ".join(f"{cells[d, c]:,}" for c in columns) + " |\n" for d in columns
+    )
     tone = head + "".join(
         f"| **{d}** | "
         + " | ".join(" / ".join(str(tones[d, c, s]) for s in SENTIMENT.labels) for c in columns)
@@ -47,7 +49,10 @@ def registers(statements: Sequence[Statement]) -> str:
     rows: dict[str, list[Statement]] = defaultdict(list)
     for s in statements:
         rows[str(s.fields["register"])].append(s)
-    lines = ["| register | statements | share | median words | no position |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| register | statements | share | median words | no position |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, own in sorted(rows.items(), key=lambda item: -len(item[1])):
         none = sum(s.labels["dialogue"] == s.labels["conflict"] == "none" for s in own) / len(own)
         words = statistics.median(len(s.text.split()) for s in own)
@@ -98,7 +103,9 @@ def agreed(statements: Sequence[Statement]) -> str:
             f"| {name} | {entry['alpha']:.3f} [{low:.3f}, {high:.3f}] | {entry['kappa']:.3f} | {entry['raw']:.3f} |"
         )
         for parts in entry["by"].values():
-            lowest += [(part["alpha"], name, value) for value, part in parts.items() if part["alpha"] is not None]
+            lowest += [
+                (part["alpha"], name, value) for value, part in parts.items() if part["alpha"] is not None
+            ]
     shown = ", ".join(f"{task} in {value} {alpha:.3f}" for alpha, task, value in sorted(lowest)[:4])
     disputed = len({d["where"] for d in report["disagreements"] if d["task"] != "stance"})
     return "\n".join(lines) + (

@@ -65,9 +65,11 @@ def make_batches(folder: Path, rows: list[dict[str, Any]], batch_size: int) -> l
     from stance.model import encode_pairs, load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
-    length = json.loads((folder / "stance.json").read_text(encoding="utf-8"))["max_length"]
+    meta = json.loads((folder / "stance.json").read_text(encoding="utf-8"))
     pairs = [(r.get("speaker") or "", r.get("context") or "", r["text"]) for r in rows]
-    encoded = encode_pairs(tokenizer, pairs, length)
+    encoded = encode_pairs(
+        tokenizer, pairs, meta["max_length"], mark_speaker=meta.get("mark_speaker") is True
+    )
     order = sorted(range(len(rows)), key=lambda i: -len(encoded["input_ids"][i]))
     batches = []
     for start in range(0, len(order), batch_size):

@@ -110,7 +110,10 @@ def test_version(stance):
     assert stance("--version") == (0, f"stance {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "train", "validate", "agreement", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "validate", "agreement", "evaluate", "compare", "crossval", "audit", "predict"],
+)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_data_and_names_the_exit_codes(stance, command, flag):
     result = stance(*filter(None, [command, flag]))

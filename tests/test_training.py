@@ -123,8 +123,8 @@ def test_a_run_leaves_a_whole_folder(trained):
     assert record["rows"] == {"train": 96, "validation": 12, "test": 12}
     assert (record["steps"], record["epochs"], record["precision"]) == (18, 3.0, "fp32")
     splits = (trained / "splits.csv").read_text().splitlines()
-    assert splits[0] == "where,id,split"
-    assert sum(line.endswith(",test") for line in splits) == 12
+    assert splits[0] == "where,id,split,statement"
+    assert sum(",test," in line for line in splits) == 12
     metrics = json.loads((trained / "metrics.json").read_text())
     assert [h["step"] for h in metrics["history"]] == [6, 12, 18]
     best = max(metrics["history"], key=lambda h: h["eval_stance_macro_f1"])

@@ -17,7 +17,15 @@ from stance.records import Record, expand_files, read_records
 if TYPE_CHECKING:
     from stance.config import ColumnsConfig
 
-__all__ = ["Statement", "agreement", "annotator_codes", "label_of", "load_statements", "parse_statement"]
+__all__ = [
+    "Statement",
+    "agreement",
+    "annotator_codes",
+    "column_value",
+    "label_of",
+    "load_statements",
+    "parse_statement",
+]
 
 _DEFAULT_COLUMNS = {c: c for c in ("id", "text", "speaker", "context", "group")}
 
@@ -119,6 +127,17 @@ def load_statements(
     if not statements:
         raise DataError(f"{', '.join(paths)}: no rows - give files with at least one statement")
     return statements
+
+
+def column_value(statement: Statement, name: str) -> Any:
+    """Return what a statement holds under a column's name; None if it has no such column."""
+    own = {
+        "id": statement.id,
+        "speaker": statement.speaker,
+        "context": statement.context,
+        "group": statement.group,
+    }
+    return own[name] if name in own else statement.fields.get(name)
 
 
 def label_of(labels: Mapping[str, str], task: Task) -> str | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stance.annotations import Statement
     from stance.config import Config
     from stance.inference import Classifier, Prediction
+    from stance.labels import Task
     from stance.training import TrainingResult
 
 __all__ = ["app", "main"]
@@ -177,6 +178,12 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
     print(f"\n{report['split']} split, {report['n']} statements\n")
     print(table(report["scores"], report.get("baselines")))
     _print_groups(report)
+    _print_means(report)
+    behaviour = report.get("behaviour")
+    if behaviour:
+        print(
+            f"behavioural cases passed: {behaviour['passed']} of {behaviour['n']} ({behaviour['rate']:.0%})"
+        )
     if report["examples"]:
         print("\nexamples")
         print("\n".join(f"  {line}" for line in report["examples"]))
@@ -190,30 +197,42 @@ def _print_groups(report: dict[str, Any]) -> None:
 
 
 def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool) -> dict[str, Any]:
-    from stance.evaluation import EXAMPLES, evaluate, score_baselines, write_report
+    from stance.behaviour import find_suite, load_suite, run_suite
+    from stance.bootstrap import make_clusters
+    from stance.evaluation import EXAMPLES, SCHEMA, evaluate, score_baselines, write_report
     from stance.inference import load
-    from stance.labels import derives_stance
+    from stance.labels import DEFAULT_TASKS, derives_stance
+    from stance.provenance import identify
+    from stance.records import expand_files
+    from stance.run_card import write_card
     from stance.training import load_parts
 
     folder = result.output_dir / "report"
     stored = folder / "report.json"
     if stored.is_file():
         report: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
-        if not baselines or "baselines" in report:
+        if report.get("schema") == SCHEMA and (not baselines or "baselines" in report):
             return report
     parts = load_parts(config)
     split = "test" if parts["test"] else "validation"
     classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto")
-    report = {"split": split, **evaluate(classifier, parts[split])}
+    clusters = make_clusters(parts[split])
+    report = identify(
+        evaluate(classifier, parts[split], clusters=clusters),
+        result.output_dir, parts[split], config.task_list, expand_files(config.data.files), split,
+    )  # fmt: skip
     if baselines:
         say("fitting the baselines on the same split")
         report["baselines"] = score_baselines(
-            parts["train"], parts[split], config.task_list, encoder=config.model.encoder
+            parts["train"], parts[split], config.task_list, encoder=config.model.encoder, clusters=clusters
         )
+    if find_suite() and set(DEFAULT_TASKS) <= set(config.task_list):
+        report["behaviour"] = run_suite(classifier, load_suite())
     report["examples"] = (
         [str(p) for p in classifier.predict(EXAMPLES)] if derives_stance(config.task_list) else []
     )
     write_report(report, folder)
+    write_card(result.output_dir, report)
     return report
 
 
@@ -355,47 +374,316 @@ def _print_agreement(report: dict[str, Any], list_disagreements: bool) -> None:
             print(f"{d['where']}: {d['task']}: {codes} | {d['speaker'] or '-'}: {d['text']}")
 
 
+# --- evaluation --------------------------------------------------------------------------------
+
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a trained model.")]
+FilesArgument = Annotated[
+    list[str], typer.Argument(metavar="FILES", help="Annotated files, folders or globs.")
+]
+ColumnsOption = Annotated[
+    Path | None, typer.Option("--config", help="Take the column names from this config.")
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw intervals over this column's values, or row; default: setting, speaker, document."
+    ),
+]
+FormatOption = Annotated[TextOrJson, typer.Option(help="How to print the result.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+SplitOption = Annotated[str | None, typer.Option(help="Only rows whose split column says this, e.g. test.")]
+SplitColumnOption = Annotated[str, typer.Option(help="The column that --split reads.")]
+
+
+def _annotated(
+    files: Sequence[str],
+    tasks: Sequence[Task],
+    config: Path | None,
+    split: str | None = None,
+    split_column: str = "split",
+) -> list[Statement]:
+    """Read annotated statements, with a config's column names, of one split or all."""
+    from stance.annotations import load_statements
+    from stance.config import load_config
+
+    columns = load_config(config).data.columns if config else None
+    statements = load_statements(files, tasks, columns)
+    if split is None:
+        return statements
+    chosen = [s for s in statements if s.fields.get(split_column) == split]
+    if not chosen:
+        raise DataError(f"{split_column}: no row says {split!r} - check --split and --split-column")
+    return chosen
+
+
 @app.command(epilog=_EPILOG)
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a trained model.")],
-    files: Annotated[list[str], typer.Argument(metavar="FILES", help="Annotated files, folders or globs.")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A trained model's folder, or that of stance train --seeds N."),
+    ],
+    files: FilesArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output-dir", "-o", help="Write report.json and predictions.jsonl here."),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Only rows whose split column says this, e.g. test.")
+    split: SplitOption = None,
+    split_column: SplitColumnOption = "split",
+    config: ColumnsOption = None,
+    slices: Annotated[
+        list[str] | None,
+        typer.Option("--slice", metavar="COLUMN", help="Score by this column too. Repeatable."),
     ] = None,
-    split_column: Annotated[str, typer.Option(help="The column that --split reads.")] = "split",
-    config: Annotated[Path | None, typer.Option(help="Take the column names from this config.")] = None,
-    format: Annotated[TextOrJson, typer.Option(help="How to print the scores.")] = TextOrJson.text,
+    cluster: ClusterOption = None,
+    ablation: Annotated[
+        bool, typer.Option(help="Also score with the speaker masked and swapped (twice the time more).")
+    ] = True,
+    abstain_at: Annotated[
+        float | None, typer.Option(min=0.5, max=0.99, help="Show what abstaining for this accuracy gives.")
+    ] = None,
+    behaviour: Annotated[
+        bool, typer.Option("--behaviour", help="Also run the behavioural suite data/behaviour.")
+    ] = False,
+    suite: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Run this behavioural suite: a JSONL file or a folder.")
+    ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the model card, MODEL/README.md, from this report.")
+    ] = False,
+    format: FormatOption = TextOrJson.text,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Score a model on annotated statements."""
-    from stance.annotations import load_statements
-    from stance.config import load_config
+    """Score a model on annotated statements: intervals, slices, calibration, behaviour, by speaker."""
+    from stance.behaviour import load_suite, run_suite
+    from stance.bootstrap import make_clusters
     from stance.evaluation import evaluate as run_evaluation
-    from stance.evaluation import table, write_report
+    from stance.evaluation import seed_scores, write_report
     from stance.inference import load
+    from stance.provenance import identify, seed_folders
+    from stance.records import expand_files
+    from stance.run_card import write_card
 
     if output is not None and (output / "report.json").exists() and not force:
         raise UsageError(f"{output}: holds a report already - replace it with --force or choose another")
-    classifier = load(model, device=device)
-    columns = load_config(config).data.columns if config else None
-    statements = load_statements(files, classifier.tasks, columns)
-    if split is not None:
-        statements = [s for s in statements if s.fields.get(split_column) == split]
-        if not statements:
-            raise DataError(f"{split_column}: no row says {split!r} - check --split and --split-column")
-    report = run_evaluation(classifier, statements)
+    cases = load_suite(suite) if behaviour or suite else None
+    seeds = seed_folders(model)
+    first = seeds[0] if seeds else model
+    classifier = load(first, device=device)
+    statements = _annotated(files, classifier.tasks, config, split, split_column)
+    clusters = make_clusters(statements, cluster)
+    report = run_evaluation(
+        classifier,
+        statements,
+        clusters=clusters,
+        slices=slices or (),
+        ablation=ablation,
+        abstain_at=abstain_at,
+    )
+    report = identify(report, first, statements, classifier.tasks, expand_files(files), split)
+    if seeds:
+        others = [run_evaluation(load(s, device=device), statements, clusters=clusters, ablation=False)
+                  for s in seeds[1:]]  # fmt: skip
+        report["seeds"] = seed_scores([report, *others], [s.name for s in seeds])
+    if cases:
+        report["behaviour"] = run_suite(classifier, cases)
     if output is not None:
         write_report(report, output)
+    if card:
+        write_card(first, report)
     if format is TextOrJson.json:
         print(json.dumps({k: v for k, v in report.items() if k != "predictions"}, indent=2))
         return
-    print(table(report["scores"]))
+    _print_report(report)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from stance.evaluation import table
+
+    print(table(report["scores"], report.get("baselines")))
+    interval = report["interval"]
+    few = ", few: the intervals are rough" if interval["few_clusters"] else ""
+    print(f"95% intervals: bootstrap over {interval['clusters']} clusters ({interval['cluster']}){few}")
+    if report.get("data", {}).get("trained_on"):
+        say(f"warning: the model was trained on {report['data']['trained_on']} of these statements")
     _print_groups(report)
+    _print_means(report)
+    for task, entry in report["calibration"]["tasks"].items():
+        before, after = entry["before"]["ece"], entry["after"]["ece"]
+        print(f"calibration error of {task}: {after:.3f} ({before:.3f} before its temperature)")
+    for name, part in report.get("speaker", {}).get("conditions", {}).items():
+        score = part["scores"][report["headline"]]["macro_f1"]
+        if score is not None:
+            print(f"{report['headline']} macro-F1 with the speaker {name}: {score:.3f}")
+    for task, figures in report.get("seeds", {}).get("scores", {}).items():
+        print(f"{len(report['seeds']['folders'])} seeds: {task}: {_mean_and_deviation(figures)}")
+    _print_abstention(report)
+    for part in report.get("behaviour", {}).get("capabilities", []):
+        print(f"behaviour: {part['capability']}: {part['passed']} of {part['n']} ({part['rate']:.0%})")
+
+
+def _print_means(report: dict[str, Any]) -> None:
+    """The mean over speakers, where these are few: what TweetEval reports over its targets."""
+    mean = report["slices"]["columns"].get("speaker", {}).get("mean", {}).get(report["headline"], {})
+    if "f_avg" in mean:
+        print(
+            f"mean over {mean['slices']} speakers: macro-F1 {mean['macro_f1']:.3f}, F_avg {mean['f_avg']:.3f}"
+        )
+
+
+def _mean_and_deviation(figures: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{k} {v['mean']:.3f}" + ("" if v["stdev"] is None else f" ± {v['stdev']:.3f}")
+        for k, v in figures.items()
+    )
+
+
+def _print_abstention(report: dict[str, Any]) -> None:
+    entry = report.get("abstention", {})
+    for row in entry.get("table", []):
+        if row["accuracy"] == entry["wished"]:
+            achieved = "-" if row["achieved"] is None else f"{row['achieved']:.3f}"
+            print(
+                f"abstaining below {row['threshold']:.3f}, for {row['accuracy']:.2f}: keeps {row['n']} "
+                f"({row['coverage']:.0%}), accuracy {achieved}"
+            )
+
+
+@app.command(epilog=_EPILOG)
+def compare(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A model folder, or majority, tfidf_lr, embeddings_lr.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one, in the same way.")],
+    on: Annotated[
+        list[str], typer.Option("--on", metavar="FILES", help="Annotated files to compare on. Repeatable.")
+    ],
+    train_files: Annotated[
+        list[str] | None,
+        typer.Option("--train", metavar="FILES", help="What a baseline is fitted on. Repeatable."),
+    ] = None,
+    split: SplitOption = None,
+    train_split: Annotated[str | None, typer.Option(help="As --split, for the rows of --train.")] = None,
+    split_column: SplitColumnOption = "split",
+    config: ColumnsOption = None,
+    cluster: ClusterOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the whole comparison here, as JSON.")
+    ] = None,
+    format: FormatOption = TextOrJson.text,
+    show: Annotated[int, typer.Option(min=0, help="How many changed statements to print.")] = 20,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Compare two models, or a model and a baseline, on the same statements: is B better than A?"""
+    from stance.bootstrap import make_clusters
+    from stance.checkpoint import write_json
+    from stance.comparison import (
+        answers,
+        common_tasks,
+        compare_answers,
+        comparison_lines,
+        opponent,
+        rows_seen,
+    )
+
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output}: exists already - replace it with --force or choose another")
+    sides = [opponent(name, device=device) for name in (a, b)]
+    tasks = common_tasks(sides)
+    statements = _annotated(on, tasks, config, split, split_column)
+    train = _annotated(train_files, tasks, config, train_split, split_column) if train_files else []
+    y_pred = [answers(side, statements, tasks, train) for side in sides]
+    clusters = make_clusters(statements, cluster)
+    result = compare_answers((a, b), y_pred, statements, tasks, clusters)
+    result["trained_on"] = [rows_seen(side, statements, train) for side in sides]
+    for name, seen in zip((a, b), result["trained_on"], strict=True):
+        if seen:
+            say(f"warning: {name} was trained on {seen} of these statements")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, result)
+    if format is TextOrJson.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(comparison_lines(result, show)))
+
+
+@app.command(epilog=_EPILOG)
+def crossval(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, as configs/default.yaml.")],
+    output: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="The folder of the folds and the result.")
+    ],
+    by: Annotated[
+        str, typer.Option(help="Rows with one value of this column are left out together.")
+    ] = "setting",
+    folds: Annotated[int, typer.Option(min=0, help="How many folds; 0: leave one group out at a time.")] = 5,
+    overrides: SetOption = None,
+    cluster: ClusterOption = None,
+    format: FormatOption = TextOrJson.text,
+) -> None:
+    """Cross-validate: train on all groups but some, score on those, in turn. Run again to go on.
+
+    Several processes may work on one folder at once: each takes the folds that no other has.
+    """
+    from stance.config import load_config
+    from stance.crossval import cross_validate
+    from stance.evaluation import table
+
+    result = cross_validate(load_config(config, overrides or []), output, by=by, folds=folds,
+                            cluster=cluster, log=say)  # fmt: skip
+    if format is TextOrJson.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(f"{len(result['folds'])} folds by {by}, {result['n']} statements, pooled\n")
+    print(table(result["scores"]))
+    for task, figures in result["per_fold"].items():
+        print(f"over folds: {task}: {_mean_and_deviation(figures)}")
+
+
+@app.command("audit", epilog=_EPILOG)
+def audit_labels(
+    model: ModelArgument,
+    files: FilesArgument,
+    crossval_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--crossval", metavar="DIR", help="Take out-of-fold probabilities from stance crossval."
+        ),
+    ] = None,
+    split: SplitOption = None,
+    split_column: SplitColumnOption = "split",
+    config: ColumnsOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the doubted rows: .csv, .jsonl, .parquet.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="How many doubted rows to print.")] = 20,
+    format: FormatOption = TextOrJson.text,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """List the statements whose annotation the model doubts most, to send back to annotators."""
+    from stance.inference import load
+    from stance.label_errors import DOUBT_COLUMNS, doubt_lines, doubt_rows, find_label_errors
+    from stance.records import file_format, write_records
+
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output}: exists already - replace it with --force or choose another")
+    if output is not None:
+        file_format(output)  # an unknown suffix is better known now than after the work
+    classifier = load(model, device=device)
+    statements = _annotated(files, classifier.tasks, config, split, split_column)
+    result = find_label_errors(classifier, model, statements, crossval=crossval_folder)
+    if output is not None:
+        write_records(doubt_rows(result), output, DOUBT_COLUMNS)
+    if format is TextOrJson.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(doubt_lines(result, show)))
+
+
+# --- use ---------------------------------------------------------------------------------------
 
 
 @app.command(epilog=_EPILOG)

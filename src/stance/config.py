@@ -66,6 +66,8 @@ class SplitConfig(_Section):
     """How rows are divided into train, validation and test."""
 
     column: str | None = None
+    names: dict[str, Literal["train", "validation", "test"] | None] = {}
+    carve_validation: bool = False
     group_by: str | None = "setting"
     test_size: Fraction = 0.15
     validation_size: Fraction = 0.15
@@ -78,6 +80,10 @@ class SplitConfig(_Section):
             raise ValueError(
                 f"test_size + validation_size must be less than 1; got {self.test_size} + {self.validation_size}"
             )
+        if self.carve_validation and (self.column is None or not self.validation_size):
+            raise ValueError("carve_validation must go with a column and a validation_size above 0")
+        if self.names and self.column is None:
+            raise ValueError("names must go with a column, whose words they explain")
         return self
 
 
@@ -175,7 +181,10 @@ class Config(_Section):
 
 def metric_names(tasks: Sequence[Task]) -> list[str]:
     """The metrics that can choose the best checkpoint, the mean over tasks first."""
-    names = ["macro_f1", *(f"{t.name}_{m}" for t in tasks for m in ("macro_f1", "accuracy", "mcc"))]
+    names = ["macro_f1"]
+    for task in tasks:
+        names += [f"{task.name}_{m}" for m in ("macro_f1", "accuracy", "mcc")]
+        names += [f"{task.name}_f_avg"] if {"favor", "against"} <= set(task.labels) else []
     if derives_stance(tasks):
         names += [f"{STANCE_TASK.name}_{m}" for m in ("macro_f1", "accuracy", "mcc")]
     return names

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stance.annotations import Statement, label_of
+from stance.annotations import Statement, column_value, label_of
 from stance.errors import DataError, did_you_mean
 from stance.labels import NOT_ANNOTATED, Task
 
@@ -19,9 +19,21 @@ if TYPE_CHECKING:
 
     from stance.config import SplitConfig
 
-__all__ = ["SPLITS", "label_ids", "make_splits", "near_duplicates", "normalise", "tokenise"]
+__all__ = [
+    "LEFT_OUT",
+    "SPLITS",
+    "label_ids",
+    "leak_free_groups",
+    "make_splits",
+    "near_duplicates",
+    "normalise",
+    "strata_of",
+    "tokenise",
+]
 
 SPLITS = ("train", "validation", "test")
+LEFT_OUT = "left out"
+"""What :func:`make_splits` says of rows that ``data.split.names`` maps to null."""
 
 
 def normalise(text: str) -> str:
@@ -62,9 +74,10 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, i
 
 
 def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Sequence[Task]) -> list[str]:
-    """Assign every statement to ``train``, ``validation`` or ``test``.
+    """Assign every statement to ``train``, ``validation`` or ``test`` (or ``LEFT_OUT``).
 
-    With ``config.column`` the rows say it themselves. Otherwise rows that share the ``group_by``
+    With ``config.column`` the rows say it themselves, in the words of ``config.names``; with
+    ``config.carve_validation`` the validation split is then drawn from the rows that say train. Otherwise rows that share the ``group_by``
     value, a contrast group, a text, or are near-duplicates of each other stay together, and whole
     groups are dealt out, stratified by the label as far as the groups allow (scikit-learn's
     StratifiedGroupKFold), the same way for the same seed.
@@ -73,8 +86,9 @@ def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Seq
         DataError: the column is missing or holds something else, or there are too few groups.
     """
     if config.column is not None:
-        return _given_splits(statements, config.column)
-    groups = _leak_free_groups(statements, config)
+        splits = _given_splits(statements, config.column, config.names)
+        return _carve_validation(statements, splits, config, tasks) if config.carve_validation else splits
+    groups = leak_free_groups(statements, config)
     found = len(set(groups.tolist()))
     wanted = {"test": config.test_size, "validation": config.validation_size}
     wanted = {name: size for name, size in wanted.items() if size > 0.0}
@@ -83,7 +97,7 @@ def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Seq
             f"data.split: {found} independent groups are too few for {len(wanted) + 1} splits - choose "
             "another data.split.group_by (or null), give more rows, or give a split column"
         )
-    strata = [_stratum(s, tasks) for s in statements]
+    strata = strata_of(statements, tasks)
     splits = ["train"] * len(statements)
     for name, size in wanted.items():
         left = [i for i, split in enumerate(splits) if split == "train"]
@@ -93,23 +107,44 @@ def make_splits(statements: Sequence[Statement], config: SplitConfig, tasks: Seq
     return splits
 
 
-def _given_splits(statements: Sequence[Statement], column: str) -> list[str]:
+def _given_splits(statements: Sequence[Statement], column: str, names: Mapping[str, str | None]) -> list[str]:
     problems, splits = [], []
+    known: dict[str, str | None] = {**{name: name for name in SPLITS}, **names}
     for s in statements:
         value = s.fields.get(column)
-        if value not in SPLITS:
+        if not isinstance(value, str) or value not in known:
             problems.append(
-                f"{s.where}: {column} must be one of {', '.join(SPLITS)}; got {value!r}"
-                f"{did_you_mean(str(value), SPLITS)} - mend the cell or set data.split.column to null"
+                f"{s.where}: {column} must be one of {', '.join(known)}; got {value!r}"
+                f"{did_you_mean(str(value), list(known))} - mend the cell or set data.split.column to null"
             )
-        splits.append(str(value))
+            continue
+        splits.append(known[value] or LEFT_OUT)
     if problems:
         raise DataError(problems)
     return splits
 
 
-def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> NDArray[np.int64]:
-    """Connected components of rows that must stay together."""
+def _carve_validation(
+    statements: Sequence[Statement], splits: list[str], config: SplitConfig, tasks: Sequence[Task]
+) -> list[str]:
+    """Draw the validation split from the rows that say train, as whole leak-free groups."""
+    if "validation" in splits:
+        raise DataError(
+            "data.split.carve_validation: must be false where rows say validation already - leave it out"
+        )
+    rows = [i for i, split in enumerate(splits) if split == "train"]
+    own = config.model_copy(update={"column": None, "test_size": 0.0, "carve_validation": False})
+    for i, split in zip(rows, make_splits([statements[i] for i in rows], own, tasks), strict=True):
+        splits[i] = split
+    return splits
+
+
+def leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> NDArray[np.int64]:
+    """Return the group of each row, shape [rows]: rows that must stay together share it.
+
+    Raises:
+        DataError: ``config.group_by`` names a column that no row has.
+    """
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -120,7 +155,7 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
         if s.group:
             keys["group", s.group].append(i)
         if config.group_by:
-            value = _column(s, config.group_by)
+            value = column_value(s, config.group_by)
             if value:
                 keys["by", str(value)].append(i)
     # The default column may be missing; any other that was asked for must be there.
@@ -140,13 +175,9 @@ def _leak_free_groups(statements: Sequence[Statement], config: SplitConfig) -> N
     return components
 
 
-def _stratum(statement: Statement, tasks: Sequence[Task]) -> str:
-    return "/".join(statement.labels.get(task.name, "-") for task in tasks[:2])
-
-
-def _column(statement: Statement, name: str) -> Any:
-    own = {"id": statement.id, "speaker": statement.speaker, "context": statement.context}
-    return own[name] if name in own else statement.fields.get(name)
+def strata_of(statements: Sequence[Statement], tasks: Sequence[Task]) -> list[str]:
+    """Return what splits are stratified by: the labels of the first two tasks."""
+    return ["/".join(s.labels.get(task.name, "-") for task in tasks[:2]) for s in statements]
 
 
 def _draw(

@@ -173,7 +173,7 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     inputs = ["input_ids", "attention_mask"]
     inputs += ["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else []
     rows = _validation_rows(folder, tasks, validation, log)
-    batches, order = _batches(tokenizer, rows, meta["max_length"], inputs)
+    batches, order = _batches(tokenizer, rows, meta, inputs)
     run = run_torch(model)
     if chosen is not None:
         from stance.stock import one_task_classifier
@@ -271,14 +271,19 @@ def _validation_rows(folder: Path, tasks: Sequence[Task], files: Sequence[str], 
 
 
 def _batches(
-    tokenizer: Any, rows: Sequence[Statement], max_length: int, inputs: Sequence[str]
+    tokenizer: Any, rows: Sequence[Statement], meta: dict[str, Any], inputs: Sequence[str]
 ) -> tuple[list[dict[str, NDArray[np.int64]]], NDArray[np.int64]]:
     """Tokenised batches of like length, as inference makes them, and the order of the rows in them."""
     from stance.model import encode_pairs
 
     if not rows:
         return [], np.zeros(0, dtype=np.int64)
-    encoded = encode_pairs(tokenizer, [(r.speaker, r.context, r.text) for r in rows], max_length)
+    encoded = encode_pairs(
+        tokenizer,
+        [(r.speaker, r.context, r.text) for r in rows],
+        meta["max_length"],
+        mark_speaker=meta.get("mark_speaker") is True,
+    )
     order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
     batches = []
     for start in range(0, len(order), _BATCH):

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.int64]
 
-__all__ = ["evaluate_metric", "f_avg", "mean_macro_f1", "scores", "scores_of_all", "stance_ids"]
+__all__ = [
+    "evaluate_metric",
+    "f_avg",
+    "figures_of_confusion",
+    "mean_macro_f1",
+    "scored_tasks",
+    "scores",
+    "scores_of_all",
+    "stance_ids",
+    "with_stance",
+]
 
 
 def scores(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> dict[str, Any]:
@@ -100,6 +110,52 @@ def f_avg(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> float:
     true, pred = np.asarray(y_true), np.asarray(y_pred)
     kept = true != NOT_ANNOTATED
     return float(f1_score(true[kept], pred[kept], labels=ids, average="macro", zero_division=0.0))
+
+
+def figures_of_confusion(confusion: NDArray[np.float64], labels: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of :func:`scores` for many confusion matrices at once.
+
+    Args:
+        confusion: counts of shape [..., labels, labels], true labels as rows.
+        labels: the task's labels in order.
+
+    Returns:
+        ``{"accuracy", "macro_f1", "mcc", "f_avg"?}`` of shape [...], and ``"f1"`` of shape
+        [..., labels]; NaN where there is no row. MCC is Gorodkin's (2004) for several classes.
+    """
+    total = confusion.sum(axis=(-2, -1))
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    true, pred = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    seen = (true + pred) > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = np.where(seen, 2 * right / (true + pred), 0.0)
+        spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (pred**2).sum(axis=-1))
+        covariance = right.sum(axis=-1) * total - (true * pred).sum(axis=-1)
+        mcc = np.where(spread > 0, covariance / np.sqrt(spread), 0.0)
+        result = {
+            "accuracy": right.sum(axis=-1) / total,
+            "macro_f1": f1.sum(axis=-1) / seen.sum(axis=-1),
+            "mcc": np.where(total > 0, mcc, np.nan),
+            "f1": np.where(total[..., None] > 0, f1, np.nan),
+        }
+    if {"favor", "against"} <= set(labels):
+        order = list(labels)
+        result["f_avg"] = (
+            result["f1"][..., order.index("favor")] + result["f1"][..., order.index("against")]
+        ) / 2
+    return result
+
+
+def scored_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks that are scored, the headline first: the derived stance, where it follows, then the tasks."""
+    return (STANCE_TASK, *tasks) if derives_stance(tasks) else tuple(tasks)
+
+
+def with_stance(ids: IntArray, tasks: Sequence[Task]) -> IntArray:
+    """Return label ids of shape [rows, scored tasks] from those of shape [rows, tasks]."""
+    if not derives_stance(tasks):
+        return ids
+    return np.concatenate([stance_ids(ids, tasks)[:, None], ids], axis=1)
 
 
 def stance_ids(ids: IntArray, tasks: Sequence[Task]) -> IntArray:

@@ -39,6 +39,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from stance import __version__
 from stance.annotations import Statement, load_statements
+from stance.calibration import fit_calibration
 from stance.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -54,7 +55,7 @@ from stance.checkpoint import (
     write_manifest,
 )
 from stance.config import Config
-from stance.dataset import SPLITS, label_ids, make_splits, tokenise
+from stance.dataset import LEFT_OUT, SPLITS, label_ids, make_splits, tokenise
 from stance.errors import (
     CheckpointError,
     ConfigError,
@@ -75,6 +76,7 @@ from stance.model import (
     quiet_transformers,
     task_slices,
 )
+from stance.provenance import statement_key
 from stance.records import expand_files, write_records
 
 if TYPE_CHECKING:
@@ -103,11 +105,13 @@ def train(
     resume: bool = False,
     force: bool = False,
     log: Callable[[str], None] | None = None,
+    parts: dict[str, list[Statement]] | None = None,
 ) -> TrainingResult:
     """Train, choose the best checkpoint on validation, and write the model folder.
 
     Args:
         config: everything that decides the result.
+        parts: the statements of each split; default: the config's files, divided as it says.
         resume: go on from the newest whole checkpoint; from the start if there is none. A run that
             is finished already is returned as it stands.
         force: remove an earlier run in ``output_dir`` first.
@@ -123,9 +127,12 @@ def train(
     log = log or (lambda line: tqdm.write(line, file=sys.stderr))
     started = time.time()
     folder = Path(config.output_dir)
-    parts = load_parts(config)
-    _check_parts(parts, config.task_list, config.training.metric_for_best_model)
     identity = _identity(config)
+    if parts is None:
+        parts = load_parts(config)
+    else:
+        identity["parts_sha256"] = _parts_sha256(parts)
+    _check_parts(parts, config.task_list, config.training.metric_for_best_model)
     finished = _prepare_folder(folder, identity, resume=resume, force=force)
     if finished:
         log(f"{folder}: this run is finished already; use --force to train it again")
@@ -143,7 +150,7 @@ def train(
         best = _load_best(trainer, folder)
         metrics = _final_metrics(trainer, config, best)
         run = _run_record(identity, parts, trainer, started)
-        _write_model(trainer, config, folder, identity)
+        _write_model(trainer, config, folder, identity, fit_on_validation(trainer, config.task_list))
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "run.json", run)
     except OSError as error:
@@ -178,7 +185,8 @@ def load_parts(config: Config) -> dict[str, list[Statement]]:
     splits = make_splits(statements, config.data.split, config.task_list)
     parts: dict[str, list[Statement]] = {name: [] for name in SPLITS}
     for statement, split in zip(statements, splits, strict=True):
-        parts[split].append(statement)
+        if split != LEFT_OUT:
+            parts[split].append(statement)
     return parts
 
 
@@ -223,6 +231,12 @@ def _identity(config: Config) -> dict[str, Any]:
     }
 
 
+def _parts_sha256(parts: dict[str, list[Statement]]) -> str:
+    """Tells divisions of the same files apart."""
+    named = {split: [f"{s.where} {statement_key(s)}" for s in rows] for split, rows in parts.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
 def _prepare_folder(
     folder: Path, identity: dict[str, Any], *, resume: bool, force: bool
 ) -> TrainingResult | None:
@@ -265,7 +279,7 @@ def _remove_run(folder: Path) -> bool:
     """
     if not any((folder / name).exists() for name in ("identity.json", MANIFEST, CHECKPOINTS)):
         return False
-    names = {*RUN_FILES, STANCE_FILE, "config.json", "model.safetensors"}
+    names = {*RUN_FILES, STANCE_FILE, "config.json", "model.safetensors", "README.md"}
     # Half a run has no manifest, a damaged one none that can be read.
     with suppress(CheckpointError, KeyError, TypeError):
         names |= set(read_json(folder, MANIFEST)["files"])
@@ -290,8 +304,12 @@ def _write_inputs(
 ) -> None:
     write_json(folder / "identity.json", identity)  # first: it makes the folder a run's
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    rows = ({"where": s.where, "id": s.id, "split": split} for split, rows in parts.items() for s in rows)
-    write_records(rows, folder / "splits.csv", ["where", "id", "split"])
+    rows = (
+        {"where": s.where, "id": s.id, "split": split, "statement": statement_key(s)}
+        for split, rows in parts.items()
+        for s in rows
+    )
+    write_records(rows, folder / "splits.csv", ["where", "id", "split", "statement"])
 
 
 # --- the trainer -------------------------------------------------------------------------------
@@ -645,7 +663,8 @@ def validation_metrics(prediction: EvalPrediction, tasks: Sequence[Task]) -> dic
     flat = {
         f"{name}_{key}": entry[key]
         for name, entry in scores.items()
-        for key in ("macro_f1", "accuracy", "mcc")
+        for key in ("macro_f1", "accuracy", "mcc", "f_avg")
+        if key in entry
     }
     return {"macro_f1": mean_macro_f1(scores, tasks), **flat}
 
@@ -703,6 +722,7 @@ def _run_record(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "seed": trainer.args.seed,
         "seconds": round(time.time() - started, 1),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "python": platform.python_version(),
@@ -715,7 +735,21 @@ def _run_record(
     }
 
 
-def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[str, Any]) -> None:
+def fit_on_validation(trainer: Trainer, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Fit temperatures and abstention thresholds to the trainer's model, in fp32, on validation alone."""
+    model = trainer.model.eval()
+    logits, ids = [], []
+    with torch.inference_mode():
+        for batch in trainer.get_eval_dataloader():
+            ids.append(batch.pop("labels").cpu())
+            logits.append(model(**batch).logits.double().cpu())
+    found, y_true = torch.cat(logits).numpy(), torch.cat(ids).numpy()
+    return fit_calibration({name: found[:, part] for name, part in task_slices(tasks).items()}, y_true, tasks)
+
+
+def _write_model(
+    trainer: Trainer, config: Config, folder: Path, identity: dict[str, Any], calibration: dict[str, Any]
+) -> None:
     staging = folder / _MODEL_STAGING
     shutil.rmtree(staging, ignore_errors=True)
     trainer.model.save_pretrained(staging)
@@ -733,6 +767,7 @@ def _write_model(trainer: Trainer, config: Config, folder: Path, identity: dict[
         "codebook": CODEBOOK_VERSION,
         "data": identity["data"],
         "config_sha256": identity["config_sha256"],
+        **calibration,
     }
     write_json(staging / STANCE_FILE, meta)
     write_manifest(staging)
