@@ -54,8 +54,9 @@ def needs(format: str) -> None:
     modules["openvino"] = [*modules["onnx"], "openvino"]
     missing = [name for name in modules[format] if find_spec(name) is None]
     if missing:
+        extra = "openvino" if format == "openvino" else "export"
         raise UsageError(
-            f"--format {format}: {', '.join(missing)} must be installed - pip install 'stance[export]'"
+            f"--format {format}: {', '.join(missing)} must be installed - pip install 'stance[{extra}]'"
         )
 
 
@@ -255,9 +256,10 @@ def openvino_graph(source: Path, target: Path) -> None:
 
     with _quiet():
         graph = openvino.convert_model(str(source))
-    for key in ("conversion_parameters", "Runtime_version"):  # paths and builds of this machine
-        with contextlib.suppress(RuntimeError, KeyError):
-            del graph.rt_info[key]
+    # OpenVINO numbers operators on through a process: number them by their place, for the same bytes.
+    for place, operator in enumerate(graph.get_ordered_ops()):
+        if operator.get_type_name() not in ("Parameter", "Result"):
+            operator.set_friendly_name(f"{operator.get_type_name()}_{place}")
     openvino.save_model(graph, str(target), compress_to_fp16=False)
 
 
