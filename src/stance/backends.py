@@ -230,9 +230,7 @@ def open_backend(
         opener.device = "cuda" if device == "auto" else device
     else:
         _refuse_missing(backend)
-        candidates = [
-            c for c in _candidates(folder, meta, backend, rows) if backend in ("auto", c.backend)
-        ]
+        candidates = [c for c in _candidates(folder, meta, backend, rows) if backend in ("auto", c.backend)]
     few = rows is not None and rows < FEW_ROWS
     candidates = [c for c in candidates if c.precision == "fp32" or not (exact or few)]
     if not candidates:
@@ -481,7 +479,14 @@ _WHAT = (
     "Why should we sit at a table with murderers?",
     "The report praises both sides for the calm of the last weeks and asks for more observers on the border.",
 )
-_WHEN = ("", "Yesterday: ", "After the strike of last night, ", "In the council: ", "(Translated) ", "2 May. ")
+_WHEN = (
+    "",
+    "Yesterday: ",
+    "After the strike of last night, ",
+    "In the council: ",
+    "(Translated) ",
+    "2 May. ",
+)
 
 
 def _parity_statements() -> list[tuple[str, str, str]]:

@@ -231,9 +231,7 @@ class Classifier:
         """The model's folder on this machine."""
         return Path(self._origin[0])
 
-    def predict(
-        self, statements: Iterable[StatementLike], *, batch_size: int | None = None
-    ) -> Predictions:
+    def predict(self, statements: Iterable[StatementLike], *, batch_size: int | None = None) -> Predictions:
         """Return one prediction a statement, in order: a list that notebooks show as a table.
 
         Args:
@@ -373,9 +371,7 @@ class Classifier:
 
     # --- the way of a statement: prepare (tokens, batches), score (model, probabilities) ---
 
-    def prepare(
-        self, statements: Sequence[tuple[str, str, str]], batch_size: int | None = None
-    ) -> Prepared:
+    def prepare(self, statements: Sequence[tuple[str, str, str]], batch_size: int | None = None) -> Prepared:
         """Tokenise (speaker, context, text) triples, equal ones once, into batches of like length."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
@@ -419,9 +415,7 @@ class Classifier:
                 logits[chosen] = values
         else:
             with ThreadPoolExecutor(self.backend.streams) as pool:
-                for chosen, values in zip(
-                    prepared.batches, pool.map(compute, prepared.batches), strict=True
-                ):
+                for chosen, values in zip(prepared.batches, pool.map(compute, prepared.batches), strict=True):
                     logits[chosen] = values
         if not np.isfinite(logits).all():
             raise StanceError(
@@ -434,7 +428,9 @@ class Classifier:
     ) -> dict[str, NDArray[np.float64]]:
         parts = [
             self.score(
-                self.prepare([(r.speaker, r.context, r.text) for r in rows[start : start + _CHUNK]], batch_size)
+                self.prepare(
+                    [(r.speaker, r.context, r.text) for r in rows[start : start + _CHUNK]], batch_size
+                )
             )
             for start in range(0, max(len(rows), 1), _CHUNK)
         ]
@@ -481,15 +477,11 @@ class MapFunction:
         others = [batch[n] if n in batch else [None] * len(texts) for n in self.names[1:]]
         keys = ("text", "speaker", "context")
         rows = [dict(zip(keys, cells, strict=True)) for cells in zip(texts, *others, strict=True)]
-        arrays = self.classifier.columns(
-            self.classifier.predict_proba(rows), self.probabilities, self.prefix
-        )
+        arrays = self.classifier.columns(self.classifier.predict_proba(rows), self.probabilities, self.prefix)
         return {name: values.tolist() for name, values in arrays.items()}
 
 
-def _batches(
-    lengths: NDArray[np.int64], most_tokens: int, most_rows: int | None
-) -> list[NDArray[np.int64]]:
+def _batches(lengths: NDArray[np.int64], most_tokens: int, most_rows: int | None) -> list[NDArray[np.int64]]:
     """Cut windows, longest first, into batches of at most ``most_tokens`` with their padding."""
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
@@ -568,7 +560,9 @@ def _table_access(table: Any) -> tuple[list[Any], Callable[[str], list[Any]], Ca
 
 def _cell(value: Any) -> Any:
     """A missing cell (None, NaN, pandas.NA) as None."""
-    missing = value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+    missing = (
+        value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+    )
     return None if missing else value
 
 

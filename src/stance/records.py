@@ -334,9 +334,7 @@ def _csv_header(name: str, line: int, cells: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     twice = sorted({h for h in header if header.count(h) > 1})
     if twice:
-        raise DataError(
-            f"{name}:{line}: columns stand twice in the header: {', '.join(map(repr, twice))}"
-        )
+        raise DataError(f"{name}:{line}: columns stand twice in the header: {', '.join(map(repr, twice))}")
     return header
 
 
@@ -346,7 +344,9 @@ def _read_parquet(name: str) -> Iterator[Record]:
             yield Record(name, number, data)
 
 
-def read_batches(name: str, columns: Sequence[str] | None = None, rows: int = 256) -> Iterator[tuple[int, Any]]:
+def read_batches(
+    name: str, columns: Sequence[str] | None = None, rows: int = 256
+) -> Iterator[tuple[int, Any]]:
     """Yield a Parquet file as Arrow record batches, each with the number of its first row (from 1).
 
     Raises:
