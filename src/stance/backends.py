@@ -35,8 +35,6 @@ MAX_FLIPS = 0.01
 """At most this share of the parity set's labels may differ from fp32's."""
 MAX_DIFFERENCE = 0.01
 """At most this much may its probabilities differ from fp32's, on average."""
-FEW_ROWS = 1000
-"""Below this many statements fp32 is opened at once: a check of something faster would cost more."""
 ROWS_THAT_PAY = 10_000
 """From this many statements on, converting a torch model for OpenVINO takes less time than it saves."""
 
@@ -231,8 +229,7 @@ def open_backend(
     else:
         _refuse_missing(backend)
         candidates = [c for c in _candidates(folder, meta, backend, rows) if backend in ("auto", c.backend)]
-    few = rows is not None and rows < FEW_ROWS
-    candidates = [c for c in candidates if c.precision == "fp32" or not (exact or few)]
+    candidates = [c for c in candidates if c.precision == "fp32" or not exact]
     if not candidates:
         raise CheckpointError(
             f"{folder}: holds nothing that the backend {backend} can open - export the model for it, "
@@ -288,8 +285,6 @@ def _candidates(
     for library in ("openvino", "onnxruntime"):
         if (library, "int8") in graphs:
             yield _Candidate(library, "int8", graphs[library, "int8"])
-    if onnx and rows is not None and rows < FEW_ROWS:  # the quickest to open
-        yield _Candidate("onnxruntime", "fp32", onnx)
     if openvino:
         yield _Candidate("openvino", "fp32", openvino)
     if convertible and pays:
@@ -448,8 +443,12 @@ def _to_openvino(model: Any) -> Any:
     names = _torch_inputs(model)
 
     class Logits(torch.nn.Module):  # the tracer wants positional tensors in, tensors out
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model  # its weights must be the module's own, to be traced
+
         def forward(self, *tensors: Any) -> Any:
-            return model(**dict(zip(names, tensors, strict=True))).logits
+            return self.model(**dict(zip(names, tensors, strict=True))).logits
 
     example = torch.ones((2, 8), dtype=torch.int64)
     try:

@@ -134,8 +134,7 @@ def load(
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         backend: ``auto`` (the fastest that agrees with fp32), ``torch``, ``onnxruntime`` or ``openvino``.
         exact: compute in fp32.
-        rows: about how many statements there will be; few are answered at once in fp32, many pay for
-            more preparation. None: not known.
+        rows: about how many statements there will be: many pay for more preparation. None: not known.
         log: told in a line which backends were passed over and why.
 
     Raises:
