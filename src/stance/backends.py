@@ -235,12 +235,18 @@ def open_backend(
             f"{folder}: holds nothing that the backend {backend} can open - export the model for it, "
             "install it, or take --backend auto"
         )
-    for candidate in candidates[:-1]:
+    for candidate in candidates:
+        if candidate == candidates[-1] and candidate.precision == "fp32":
+            break  # its own error says what is wrong
         reason = opener.objection(candidate)
         if reason is None:
             return opener.open(candidate)
         log(f"{candidate.backend} {candidate.precision} passed over: {reason}")
-    return opener.open(candidates[-1])
+    else:
+        raise CheckpointError(
+            f"{folder}: {candidate.backend} {candidate.precision}: {reason} - export fp32 too"
+        )
+    return opener.open(candidate)
 
 
 def _on_gpu(device: str) -> bool:

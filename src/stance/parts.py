@@ -103,7 +103,11 @@ class WorkFolder:
                 f"{self.output}: cannot be written: {error.strerror or error} - choose another place"
             ) from None
         if resume and self.exists():
-            self.progress = self._stored()
+            try:
+                self.progress = self._stored()
+            except UsageError:
+                self.close()
+                raise
             return self.progress
         for path in self.path.iterdir():
             if path.name != "lock":
