@@ -60,10 +60,10 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "openvino").mkdir()
     openvino.save_model(graph, str(folder / "openvino" / "openvino_model.xml"), compress_to_fp16=False)
     (folder / "onnx").mkdir()
-    example = torch.ones((2, 8), dtype=torch.int64)
+    example = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in names)  # one tensor would be one input
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=64)}
     torch.onnx.export(
-        Logits().eval(), (example,) * len(names), folder / "onnx" / "model.onnx", input_names=names,
+        Logits().eval(), example, folder / "onnx" / "model.onnx", input_names=names,
         output_names=["logits"], dynamic_shapes=(sizes,) * len(names), dynamo=True, verbose=False,
     )  # fmt: skip
     return folder

@@ -458,12 +458,12 @@ def _to_openvino(model: Any) -> Any:
         def forward(self, *tensors: Any) -> Any:
             return self.model(**dict(zip(names, tensors, strict=True))).logits
 
-    example = torch.ones((2, 8), dtype=torch.int64)
+    example = tuple(torch.ones((2, 8), dtype=torch.int64) for _ in names)  # one tensor would be one input
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             logging.getLogger("openvino").setLevel(logging.ERROR)
-            decoder = TorchScriptPythonDecoder(Logits().eval(), example_input=(example,) * len(names))
+            decoder = TorchScriptPythonDecoder(Logits().eval(), example_input=example)
         frontend = FrontEndManager().load_by_framework("pytorch")
         graph = frontend.convert(frontend.load(decoder))
     except Exception as error:  # tracing can fail in many ways
