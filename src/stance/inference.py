@@ -115,7 +115,15 @@ def _bar(values: Mapping[str, float]) -> str:
 
 # --- loading -------------------------------------------------------------------------------------
 
-_HUB_FILES = ("*.json", "*.safetensors", "vocab.txt", "merges.txt", "onnx/*", "openvino/*")
+_HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "vocab.txt",
+    "merges.txt",
+    "onnx/*.onnx",
+    "openvino/*.xml",
+    "openvino/*.bin",
+)
 
 
 def load(
