@@ -53,9 +53,7 @@ def raw_logits(
 ) -> dict[str, FloatArray]:
     """Return each task's logits of shape [rows, labels], up to a constant a row, at temperature 1."""
     probabilities = classifier.predict_proba(statements, batch_size=batch_size)
-    # A classifier that divides by the temperatures is asked back for the logits before that.
-    divides = hasattr(classifier, "_temperatures")
-    applied: Mapping[str, float] = classifier.meta.get("temperatures", {}) if divides else {}
+    applied: Mapping[str, float] = classifier.meta.get("temperatures", {})
     tiny = np.finfo(np.float64).tiny
     return {
         task.name: np.log(np.maximum(probabilities[task.name], tiny)) * applied.get(task.name, 1.0)

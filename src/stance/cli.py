@@ -6,12 +6,11 @@ inside the commands, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +23,6 @@ from stance.errors import DataError, StanceError, UsageError
 if TYPE_CHECKING:
     from stance.annotations import Statement
     from stance.config import Config
-    from stance.inference import Classifier, Prediction
     from stance.labels import Task
     from stance.training import TrainingResult
 
@@ -215,7 +213,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
             return report
     parts = load_parts(config)
     split = "test" if parts["test"] else "validation"
-    classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto")
+    classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto", exact=True)
     clusters = make_clusters(parts[split])
     report = identify(
         evaluate(classifier, parts[split], clusters=clusters),
@@ -469,7 +467,7 @@ def evaluate(
     cases = load_suite(suite) if behaviour or suite else None
     seeds = seed_folders(model)
     first = seeds[0] if seeds else model
-    classifier = load(first, device=device)
+    classifier = load(first, device=device, exact=True)
     statements = _annotated(files, classifier.tasks, config, split, split_column)
     clusters = make_clusters(statements, cluster)
     report = run_evaluation(
@@ -482,7 +480,7 @@ def evaluate(
     )
     report = identify(report, first, statements, classifier.tasks, expand_files(files), split)
     if seeds:
-        others = [run_evaluation(load(s, device=device), statements, clusters=clusters, ablation=False)
+        others = [run_evaluation(load(s, device=device, exact=True), statements, clusters=clusters, ablation=False)
                   for s in seeds[1:]]  # fmt: skip
         report["seeds"] = seed_scores([report, *others], [s.name for s in seeds])
     if cases:
@@ -672,7 +670,7 @@ def audit_labels(
         raise UsageError(f"{output}: exists already - replace it with --force or choose another")
     if output is not None:
         file_format(output)  # an unknown suffix is better known now than after the work
-    classifier = load(model, device=device)
+    classifier = load(model, device=device, exact=True)
     statements = _annotated(files, classifier.tasks, config, split, split_column)
     result = find_label_errors(classifier, model, statements, crossval=crossval_folder)
     if output is not None:
@@ -686,11 +684,34 @@ def audit_labels(
 # --- use ---------------------------------------------------------------------------------------
 
 
+class Backend(StrEnum):
+    """What computes; see stance.backends."""
+
+    auto = "auto"
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
+class OnError(StrEnum):
+    """What becomes of a row that cannot be labelled."""
+
+    fail = "fail"
+    skip = "skip"
+    null = "null"
+
+
 @app.command(epilog=_EPILOG)
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a trained model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The folder of a trained or exported model, or a hub id.")
+    ],
     input: Annotated[
-        str, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL, Parquet or text; - is stdin.")
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="CSV, TSV, JSONL, Parquet or text, also .gz and .zst; a folder or glob of them; - is stdin.",
+        ),
     ],
     output: Annotated[
         str,
@@ -707,130 +728,76 @@ def predict(
         typer.Option("--probabilities", help="Add a column with the probability of every label."),
     ] = False,
     prefix: Annotated[str, typer.Option(help="Put this before the names of the added columns.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Statements a batch.")] = 32,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    abstain_at: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="ACCURACY",
+            help="Add `abstained`: true where the stance is too unsure for this accuracy on validation data.",
+        ),
+    ] = None,
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            help="A bad row: fail; skip it; or keep it with null labels. OUTPUT.rejects.jsonl says why."
+        ),
+    ] = OnError.fail,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, to the very same output.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output if it exists; forget an interrupted run.")
+    ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(metavar="I/N", help="Only the I-th of N shards of the input (blocks of 2,048 rows)."),
+    ] = "1/1",
+    csv_escape: Annotated[
+        bool, typer.Option(help="Put ' before text cells of CSV and TSV that a spreadsheet would run.")
+    ] = True,
+    backend: Annotated[
+        Backend, typer.Option(help="What computes; auto: the fastest that agrees with fp32.")
+    ] = Backend.auto,
+    exact: Annotated[bool, typer.Option("--exact", help="Compute in fp32.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="The most statements a batch; default: by tokens.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
 ) -> None:
-    """Label every statement of a file; all its columns are kept, the labels are added."""
+    """Label every statement of files; all their columns are kept, the labels are added."""
     from stance.inference import load
-    from stance.records import FORMATS, expand_files, file_format, read_records, write_records
+    from stance.predicting import Options, check_call, expected_rows, predict_files
+    from stance.records import expand_files
 
-    if output != "-":
-        if file_format(output) == "text":
-            raise UsageError(
-                f"{output}: plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet"
-            )
-        if Path(output).exists() and not force:
-            raise UsageError(f"{output}: exists already - replace it with --force or choose another name")
-    if input_format is not None and input_format not in FORMATS.values():
-        known = ", ".join(sorted(set(FORMATS.values())))
-        raise UsageError(f"--input-format: must be one of {known}; got {input_format!r}")
-    paths = expand_files([input])
-    if len(paths) > 1:
-        raise UsageError(f"{input}: must be one file; got {len(paths)} - label them one by one")
-    path = paths[0]
-    if input != "-" and input_format is None:
-        file_format(path)
-    classifier = load(model, device=device)
-    rows = _predicted_rows(
-        classifier,
-        _input_statements(read_records(path, input_format), (text_column, speaker_column, context_column)),
-        probabilities,
-        batch_size,
-        prefix,
+    tell = (lambda line: None) if quiet else say
+    options = Options(
+        text_column=text_column,
+        speaker_column=speaker_column,
+        context_column=context_column,
+        input_format=input_format,
+        probabilities=probabilities,
+        prefix=prefix,
+        batch_size=batch_size,
+        on_error=on_error.value,
+        csv_escape=csv_escape,
+        shard=_shard(shard),
+        abstain_at=abstain_at,
     )
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{input}: no rows - give at least one statement")
-    whole: Iterator[dict[str, Any]] = itertools.chain([first], rows)
-    if output != "-" and file_format(output) != "jsonl":
-        whole = _of_one_header(whole, list(first))
-    count = write_records(whole, output, list(first))
-    say(f"{count} statements labelled")
-
-
-def _input_statements(
-    records: Iterator[Any], names: tuple[str, str, str]
-) -> Iterator[tuple[dict[str, Any], Statement]]:
-    from stance.annotations import Statement
-    from stance.errors import did_you_mean
-
-    text_column, speaker_column, context_column = names
-    for record in records:
-        if text_column not in record.data:
-            known = [k for k in record.data if isinstance(k, str)]
-            raise DataError(
-                f"{record.where}: column {text_column!r} is missing; got {', '.join(known)}"
-                f"{did_you_mean(text_column, known)} - name it with --text-column"
-            )
-        text = record.data[text_column]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(
-                f"{record.where}: {text_column} must be text that is not empty; got {text!r} - mend or "
-                "drop the row"
-            )
-        parts = []
-        for name in (speaker_column, context_column):
-            value = record.data.get(name)
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"{record.where}: {name} must be text; got {value!r} - mend the row")
-            parts.append(value or "")
-        yield record.data, Statement(text, parts[0], parts[1])
-
-
-def _predicted_rows(
-    classifier: Classifier,
-    rows: Iterator[tuple[dict[str, Any], Statement]],
-    probabilities: bool,
-    batch_size: int,
-    prefix: str,
-) -> Iterator[dict[str, Any]]:
-    from tqdm import tqdm
-
-    with tqdm(unit="row", file=sys.stderr, disable=not sys.stderr.isatty(), desc="predict") as bar:
-        while chunk := list(itertools.islice(rows, 1024)):
-            predictions = classifier.predict([s for _, s in chunk], batch_size=batch_size)
-            for (data, _), prediction in zip(chunk, predictions, strict=True):
-                added = {prefix + name: value for name, value in _added(prediction, probabilities).items()}
-                taken = [name for name in added if name in data]
-                if taken:
-                    raise UsageError(
-                        f"input: columns must not be named like the labels that are added; got "
-                        f"{', '.join(taken)} - set the added ones apart with --prefix predicted_"
-                    )
-                yield {**data, **added}
-            bar.update(len(chunk))
-
-
-def _of_one_header(rows: Iterator[dict[str, Any]], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Refuse columns that the header does not have, rather than lose them."""
-    for number, row in enumerate(rows, 1):
-        late = [column for column in row if column not in columns]
-        if late:
-            raise DataError(
-                f"row {number}: has columns that the first row has not: {', '.join(late)} - write .jsonl, "
-                "or give every row the same columns"
-            )
-        yield row
-
-
-def _added(prediction: Prediction, probabilities: bool) -> dict[str, Any]:
-    """The columns that prediction adds to a row; scores are rounded to 6 digits."""
-    added: dict[str, Any] = {}
-    if prediction.stance is not None and prediction.stance_probabilities is not None:
-        added["stance"] = prediction.stance
-        added["stance_score"] = round(prediction.stance_probabilities[prediction.stance], 6)
-        added["lean"] = round(prediction.lean or 0.0, 6)
-    for task, label in prediction.labels.items():
-        added[task] = label
-        added[f"{task}_score"] = round(prediction.probabilities[task][label], 6)
-    if probabilities:
-        tables = dict(prediction.probabilities)
-        if prediction.stance_probabilities is not None:
-            tables["stance"] = prediction.stance_probabilities
-        for task, values in tables.items():
-            added.update({f"{task}_{label}": round(p, 6) for label, p in values.items()})
-    return added
+    paths = expand_files([input])
+    check_call(paths, output, options, resume=resume, force=force)
+    classifier = load(
+        model, device=device, backend=backend.value, exact=exact, rows=expected_rows(paths), log=tell
+    )
+    summary = predict_files(
+        classifier, paths, output, options, resume=resume, force=force, log=tell, show_progress=not quiet
+    )
+    if summary.finished:
+        tell(f"{output} is finished already")
+    rejected = f", {summary.rejected} rows rejected" if summary.rejected else ""
+    used = classifier.backend
+    tell(f"{summary.labelled} statements labelled{rejected} ({used.name} {used.precision} on {used.device})")
 
 
 class ExportFormat(StrEnum):
@@ -909,3 +876,10 @@ def verify(
         print(f"  export: {name}, {entry['backend']}, {entry['precision']}")
     for name, size in found["files"].items():
         print(f"  {size:>13,}  {name}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if not (index.isdecimal() and number.isdecimal()):
+        raise UsageError(f"--shard: must be I/N, as in 1/4; got {text!r}")
+    return int(index), int(number)

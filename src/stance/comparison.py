@@ -60,7 +60,7 @@ def opponent(name: str, *, device: str = "auto") -> Opponent:
         return Opponent(name)
     from stance.inference import load
 
-    return Opponent(name, load(name, device=device))
+    return Opponent(name, load(name, device=device, exact=True))
 
 
 def common_tasks(sides: Sequence[Opponent]) -> tuple[Task, ...]:

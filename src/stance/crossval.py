@@ -179,7 +179,7 @@ def _run_fold(
     parts = _parts(config, statements, held, by)
     own = config.model_copy(update={"output_dir": str(run)})
     train(own, resume=True, log=log, parts=parts)
-    classifier = load(run, device="cpu" if config.training.use_cpu else "auto")
+    classifier = load(run, device="cpu" if config.training.use_cpu else "auto", exact=True)
     rows = evaluate(classifier, parts["test"], ablation=False)["predictions"]
     write_records(({"fold": fold, **row} for row in rows), run / "predictions.jsonl", [])
 

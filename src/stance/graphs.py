@@ -54,9 +54,8 @@ def needs(format: str) -> None:
     modules["openvino"] = [*modules["onnx"], "openvino"]
     missing = [name for name in modules[format] if find_spec(name) is None]
     if missing:
-        extra = "openvino" if format == "openvino" else "export"
         raise UsageError(
-            f"--format {format}: {', '.join(missing)} must be installed - pip install 'stance[{extra}]'"
+            f"--format {format}: {', '.join(missing)} must be installed - pip install 'stance[export]'"
         )
 
 

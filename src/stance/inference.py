@@ -1,13 +1,16 @@
 """A trained model in use: :func:`load` a folder, ask the :class:`Classifier`.
 
 Statements go in as texts, ``(speaker, text)`` pairs, mappings or :class:`Statement` objects and come
-out as one :class:`Prediction` each, in order.
+out as one :class:`Prediction` each, in order. What computes the numbers is in :mod:`stance.backends`.
 """
 
 from __future__ import annotations
 
+import html
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stance.annotations import Statement
-from stance.checkpoint import check_model_folder
-from stance.errors import CheckpointError
+from stance.backends import Backend, is_out_of_memory, open_backend
+from stance.checkpoint import MANIFEST, check_model_folder, sha256
+from stance.encoding import PairEncoder, Windows
+from stance.errors import CheckpointError, StanceError, UsageError
 from stance.labels import (
+    CONFLICT,
+    DIALOGUE,
     STANCE_TASK,
     Task,
     derives_stance,
@@ -29,7 +36,7 @@ from stance.labels import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Classifier", "Prediction", "StatementLike", "load"]
+__all__ = ["Classifier", "MapFunction", "Prediction", "Predictions", "StatementLike", "load"]
 
 StatementLike = str | tuple[str, str] | Mapping[str, Any] | Statement
 
@@ -62,81 +69,202 @@ class Prediction:
         head = f"{self.stance} ({self.lean:+.2f}): " if self.stance is not None else ""
         return f"{head}{labels} | {self.speaker or '-'}: {self.text}"
 
+    def _repr_html_(self) -> str:
+        return Predictions([self])._repr_html_()
 
-def load(path: str | Path, *, device: str = "auto") -> Classifier:
-    """Load a trained model folder, after checking that it is whole and safe.
+
+_COLOURS = ("#c0504d", "#bfbfbf", "#e0a030", "#4f9d69", "#4f81bd", "#8064a2")
+_SHOWN_ROWS = 100
+
+
+class Predictions(list[Prediction]):
+    """A list of predictions that a notebook shows as a table of coloured bars."""
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return "<p>no statements</p>"
+        tables = [_tables(p) for p in self[:_SHOWN_ROWS]]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("speaker", "text", *tables[0]))
+        rows = "".join(
+            f'<tr><td>{html.escape(p.speaker)}</td><td style="text-align:left">{html.escape(p.text)}</td>'
+            + "".join(f"<td>{_bar(values)}</td>" for values in table.values())
+            + "</tr>"
+            for p, table in zip(self, tables, strict=False)
+        )
+        more = f"<p>{len(self) - _SHOWN_ROWS} more</p>" if len(self) > _SHOWN_ROWS else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}"
+
+
+def _tables(prediction: Prediction) -> dict[str, Mapping[str, float]]:
+    derived = prediction.stance_probabilities
+    return ({"stance": derived} if derived is not None else {}) | dict(prediction.probabilities)
+
+
+def _bar(values: Mapping[str, float]) -> str:
+    """The probabilities of a task side by side in one bar, over the name of the likeliest."""
+    colours = _COLOURS if len(values) != 3 else (_COLOURS[0], _COLOURS[1], _COLOURS[3])
+    parts = "".join(
+        f'<span title="{html.escape(label)} {value:.2f}" style="display:inline-block;height:0.8em;'
+        f'width:{value * 100:.1f}%;background:{colours[i % len(colours)]}"></span>'
+        for i, (label, value) in enumerate(values.items())
+    )
+    best = max(values, key=lambda label: values[label])
+    bar = f'<div style="width:8em;white-space:nowrap;font-size:1em;line-height:0.8em">{parts}</div>'
+    return f"{bar}<small>{html.escape(best)} {values[best]:.2f}</small>"
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+_HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "vocab.txt",
+    "merges.txt",
+    "onnx/*.onnx",
+    "openvino/*.xml",
+    "openvino/*.bin",
+)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    exact: bool = False,
+    rows: int | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Classifier:
+    """Load a trained model, after checking that it is whole and safe.
 
     Args:
-        path: the folder of a finished run.
+        path: the folder of a finished run or of an export, or the id of one on the Hugging Face hub.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        backend: ``auto`` (the fastest that agrees with fp32), ``torch``, ``onnxruntime`` or ``openvino``.
+        exact: compute in fp32.
+        rows: about how many statements there will be: many pay for more preparation. None: not known.
+        log: told in a line which backends were passed over and why.
 
     Raises:
         CheckpointError: the folder is missing, damaged or unsafe, or the device is not there.
+        UsageError: the backend is unknown or not installed.
     """
-    folder = Path(path)
+    folder = _local_folder(path)
     meta, tasks = check_model_folder(folder)
-    import torch
-    from transformers import AutoModelForSequenceClassification
+    opened = open_backend(folder, meta, backend=backend, device=device, exact=exact, rows=rows, log=log)
+    encoder = PairEncoder(folder, int(meta["max_length"]), mark_speaker=meta.get("mark_speaker") is True)
+    origin = (str(folder), device, backend, exact, rows)
+    return Classifier(opened, encoder, tasks, meta, origin)
 
-    from stance.model import load_tokenizer, quiet_transformers  # registers the mean-pooled class
 
-    quiet_transformers()
-    name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+def _reload(folder: str, device: str, backend: str, exact: bool, rows: int | None) -> Classifier:
+    return load(folder, device=device, backend=backend, exact=exact, rows=rows)
+
+
+def _local_folder(path: str | Path) -> Path:
+    """Return a folder of this machine, fetched from the hub if the path is only an id there."""
+    name, folder = str(path), Path(path)
+    if folder.exists() or isinstance(path, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return folder
+    from huggingface_hub import snapshot_download
+
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"device: {device!r} cannot be used: {first} - use cpu or auto") from None
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except Exception as error:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # offline, unknown, private, ...: each has its own kind
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {first} - train again") from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:  # transformers would fill the gaps at random
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
-    return Classifier(model.to(name).eval(), load_tokenizer(str(folder)), tasks, meta)
+        raise CheckpointError(
+            f"{name}: no such model folder, and the hub did not give it either: {first} - give the folder "
+            "of a finished run"
+        ) from None
+
+
+# --- the classifier ------------------------------------------------------------------------------
+
+_CHUNK = 2048
+"""Statements that :meth:`Classifier.predict` sorts and computes at a time."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Statements ready for the model.
+
+    Attributes:
+        windows: the token ids of each statement that differs from those before it.
+        inverse: for each statement, which of these it is, shape [statements].
+        batches: windows of each batch, of like length.
+    """
+
+    windows: Windows
+    inverse: NDArray[np.int64]
+    batches: list[NDArray[np.int64]]
 
 
 class Classifier:
-    """A loaded model. Make one with :func:`load`.
+    """A loaded model. Make one with :func:`load`; use it from any thread; pickled, it names its folder.
 
     Attributes:
         tasks: what the model answers, in order.
         meta: the contents of the folder's ``stance.json``.
+        backend: what computes the logits.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[Task], meta: Mapping[str, Any]):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self,
+        backend: Backend,
+        encoder: PairEncoder,
+        tasks: Sequence[Task],
+        meta: Mapping[str, Any],
+        origin: tuple[str, str, str, bool, int | None],
+    ):
+        self.backend = backend
         self.tasks = tuple(tasks)
         self.meta = meta
-        self._max_length = int(meta["max_length"])
+        self._encoder = encoder
+        self._origin = origin
+        temperatures = meta.get("temperatures") or {}
+        self._temperatures = [float(temperatures.get(t.name, 1.0)) for t in self.tasks]
+        if not all(0 < t < np.inf for t in self._temperatures):
+            raise CheckpointError(f"{origin[0]}: temperatures must be more than 0; got {temperatures}")
 
-    def predict(self, statements: Sequence[StatementLike], *, batch_size: int = 32) -> list[Prediction]:
-        """Return one prediction a statement, in order.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reload, self._origin
+
+    def __repr__(self) -> str:
+        names = ", ".join(t.name for t in self.tasks)
+        return f"Classifier({self._origin[0]!r}: {names}; {self.backend.name} {self.backend.precision})"
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder on this machine."""
+        return Path(self._origin[0])
+
+    def predict(self, statements: Iterable[StatementLike], *, batch_size: int | None = None) -> Predictions:
+        """Return one prediction a statement, in order: a list that notebooks show as a table.
+
+        Args:
+            statements: texts, ``(speaker, text)`` pairs, mappings or :class:`Statement` objects.
+            batch_size: the most statements a batch; default: by the number of tokens.
 
         Raises:
             TypeError: ``statements`` is one text, or holds something that is no statement.
             ValueError: a text is empty.
         """
         rows = _as_statements(statements)
-        return self._predictions(rows, self._probabilities(rows, batch_size))
+        return Predictions(self._predictions(rows, self._probabilities(rows, batch_size)))
 
     def predict_proba(
-        self, statements: Sequence[StatementLike], *, batch_size: int = 32
+        self, statements: Iterable[StatementLike], *, batch_size: int | None = None
     ) -> dict[str, NDArray[np.float64]]:
         """Return probabilities of shape [statements, labels] for each task and the overall stance."""
         rows = _as_statements(statements)
         return self._probabilities(rows, batch_size)
 
     def predict_stream(
-        self, statements: Iterable[StatementLike], *, batch_size: int = 32, window: int = 1024
+        self,
+        statements: Iterable[StatementLike],
+        *,
+        batch_size: int | None = None,
+        window: int = 1024,
     ) -> Iterator[Prediction]:
         """Yield predictions in order, reading ``window`` statements at a time."""
         _refuse_single(statements)
@@ -146,45 +274,174 @@ class Classifier:
         while chunk := list(itertools.islice(iterator, window)):
             yield from self.predict(chunk, batch_size=batch_size)
 
-    def _probabilities(self, rows: Sequence[Statement], batch_size: int) -> dict[str, NDArray[np.float64]]:
-        logits = self._logits(rows, batch_size)
-        result, start = {}, 0
+    def predict_table(
+        self,
+        table: Any,
+        *,
+        text_column: str = "text",
+        speaker_column: str = "speaker",
+        context_column: str = "context",
+        probabilities: bool = False,
+        prefix: str = "",
+        batch_size: int | None = None,
+    ) -> Any:
+        """Return a table with the labels as further columns, as ``stance predict`` adds them to a file.
+
+        Args:
+            table: a pyarrow Table, or a pandas or polars DataFrame; the same kind is returned, its rows
+                and index as they were.
+            text_column, speaker_column, context_column: the columns to read; the latter two may be missing.
+            probabilities: add every label's probability.
+            prefix: put before the names of the added columns.
+
+        Raises:
+            TypeError: ``table`` is of another kind, or a cell is no text.
+            ValueError: a text is empty, or an added column is there already.
+        """
+        names, column, assign = _table_access(table)
+        if text_column not in names:
+            raise ValueError(f"column {text_column!r} is missing; got {', '.join(map(str, names))}")
+        cells = [
+            column(name) if name in names else [None] * len(table)
+            for name in (text_column, speaker_column, context_column)
+        ]
+        rows = [
+            _as_statement(i, {"text": _cell(text), "speaker": _cell(speaker), "context": _cell(context)})
+            for i, (text, speaker, context) in enumerate(zip(*cells, strict=True))
+        ]
+        added = self.columns(self._probabilities(rows, batch_size), probabilities, prefix)
+        taken = [name for name in added if name in names]
+        if taken:
+            raise ValueError(f"columns are there already: {', '.join(taken)} - give a prefix")
+        return assign(added)
+
+    def as_map_fn(
+        self,
+        *,
+        text_column: str = "text",
+        speaker_column: str = "speaker",
+        context_column: str = "context",
+        probabilities: bool = False,
+        prefix: str = "",
+    ) -> MapFunction:
+        """Return a function for ``datasets.Dataset.map(..., batched=True)`` that adds the labels' columns."""
+        columns = (text_column, speaker_column, context_column)
+        return MapFunction(self, columns, probabilities, prefix, sha256(self.folder / MANIFEST))
+
+    def columns(
+        self,
+        probabilities: Mapping[str, NDArray[np.float64]],
+        every_label: bool = False,
+        prefix: str = "",
+        threshold: float | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Return the columns that are added to tables, from what :meth:`predict_proba` returns.
+
+        Scores are rounded to 6 digits. With ``every_label`` each label's probability follows; with
+        ``threshold`` the column ``abstained`` tells where ``stance_score`` is below it.
+        """
+        columns: dict[str, NDArray[Any]] = {}
+        best = {t.name: probabilities[t.name].argmax(axis=1) for t in self.tasks}
+        if derives_stance(self.tasks):
+            index = _stance_index(best)
+            score = np.take_along_axis(probabilities[STANCE_TASK.name], index[:, None], axis=1)[:, 0]
+            columns["stance"] = np.array(STANCE_TASK.labels, dtype=object)[index]
+            columns["stance_score"] = np.round(score, 6)
+            if threshold is not None:
+                columns["abstained"] = score < threshold
+            columns["lean"] = np.round(lean_score(probabilities), 6) + 0.0  # no negative zero
         for task in self.tasks:
-            part = logits[:, start : start + len(task.labels)]
+            columns[task.name] = np.array(task.labels, dtype=object)[best[task.name]]
+            columns[f"{task.name}_score"] = np.round(probabilities[task.name].max(axis=1), 6)
+        if every_label:
+            derived = [STANCE_TASK] if derives_stance(self.tasks) else []
+            for task in [*self.tasks, *derived]:
+                for i, label in enumerate(task.labels):
+                    columns[f"{task.name}_{label}"] = np.round(probabilities[task.name][:, i], 6)
+        return {prefix + name: values for name, values in columns.items()}
+
+    def abstention_threshold(self, accuracy: float) -> float:
+        """Return the ``stance_score`` from which on the stance was right this often on validation data.
+
+        Raises:
+            UsageError: the model was not calibrated, or did not reach the accuracy.
+        """
+        points = (self.meta.get("abstention") or {}).get(STANCE_TASK.name) or []
+        reached = sorted((float(a), float(t)) for a, t in points)
+        for value, threshold in reached:
+            if value >= accuracy - 1e-9:
+                return threshold
+        best = f"at most {reached[-1][0]} was reached on validation" if reached else "the model has none"
+        raise UsageError(
+            f"abstain-at must be an accuracy that the model can reach by abstaining; got {accuracy}; {best}"
+        )
+
+    # --- the way of a statement: prepare (tokens, batches), score (model, probabilities) ---
+
+    def prepare(self, statements: Sequence[tuple[str, str, str]], batch_size: int | None = None) -> Prepared:
+        """Tokenise (speaker, context, text) triples, equal ones once, into batches of like length."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
+        distinct: dict[tuple[str, str, str], int] = {}
+        inverse = [distinct.setdefault(s, len(distinct)) for s in statements]
+        windows = self._encoder.encode(list(distinct))
+        batches = _batches(windows.lengths(), self.backend.batch_tokens, batch_size)
+        return Prepared(windows, np.array(inverse, dtype=np.int64), batches)
+
+    def score(self, prepared: Prepared) -> dict[str, NDArray[np.float64]]:
+        """Return the probabilities of prepared statements, as :meth:`predict_proba`."""
+        logits = self._logits(prepared)
+        owner, weight = prepared.windows.owner, prepared.windows.weight
+        count = int(owner[-1]) + 1 if len(owner) else 0
+        total = np.bincount(owner, weights=weight, minlength=count)[:, None]
+        result, start = {}, 0
+        for task, temperature in zip(self.tasks, self._temperatures, strict=True):
+            part = logits[:, start : start + len(task.labels)] / temperature
             part = np.exp(part - part.max(axis=1, keepdims=True, initial=-np.inf))
-            result[task.name] = part / part.sum(axis=1, keepdims=True)
+            part /= part.sum(axis=1, keepdims=True)
+            if len(owner) > count:  # a long text: the mean over its windows, by their tokens
+                summed = np.zeros((count, len(task.labels)))
+                np.add.at(summed, owner, part * weight[:, None])
+                part = summed / total
+            result[task.name] = part[prepared.inverse]
             start += len(task.labels)
         if derives_stance(self.tasks):
             result[STANCE_TASK.name] = stance_probabilities(result)
         return result
 
-    def _logits(self, rows: Sequence[Statement], batch_size: int) -> NDArray[np.float64]:
-        """Logits of shape [rows, labels of all tasks], computed in fp32 in batches of like length."""
-        import torch
+    def _logits(self, prepared: Prepared) -> NDArray[np.float64]:
+        """Logits of shape [windows, labels of all tasks]."""
+        logits = np.zeros((len(prepared.windows.ids), sum(len(t.labels) for t in self.tasks)))
 
-        from stance.model import encode_pairs
+        def compute(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
+            return _halving(self.backend.logits, self._encoder.batch(prepared.windows, chosen))
 
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
-        logits = np.zeros((len(rows), sum(len(t.labels) for t in self.tasks)))
-        if not rows:
-            return logits
-        encoded = encode_pairs(
-            self._tokenizer,
-            [(r.speaker, r.context, r.text) for r in rows],
-            self._max_length,
-            mark_speaker=self.meta.get("mark_speaker") is True,
-        )
-        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = self._tokenizer.pad(
-                    {key: [values[i] for i in chosen] for key, values in encoded.items()},
-                    return_tensors="pt",
-                ).to(self._model.device)
-                logits[chosen] = self._model(**batch).logits.double().cpu().numpy()
+        if self.backend.streams == 1 or len(prepared.batches) < 2:
+            results: Iterable[NDArray[np.float32]] = map(compute, prepared.batches)
+            for chosen, values in zip(prepared.batches, results, strict=True):
+                logits[chosen] = values
+        else:
+            with ThreadPoolExecutor(self.backend.streams) as pool:
+                for chosen, values in zip(prepared.batches, pool.map(compute, prepared.batches), strict=True):
+                    logits[chosen] = values
+        if not np.isfinite(logits).all():
+            raise StanceError(
+                f"{self._origin[0]}: the model gives numbers that are not finite - take --exact"
+            )
         return logits
+
+    def _probabilities(
+        self, rows: Sequence[Statement], batch_size: int | None
+    ) -> dict[str, NDArray[np.float64]]:
+        parts = [
+            self.score(
+                self.prepare(
+                    [(r.speaker, r.context, r.text) for r in rows[start : start + _CHUNK]], batch_size
+                )
+            )
+            for start in range(0, max(len(rows), 1), _CHUNK)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _predictions(
         self, rows: Sequence[Statement], probabilities: Mapping[str, NDArray[np.float64]]
@@ -206,8 +463,114 @@ class Classifier:
         return result
 
 
+@dataclass(frozen=True)
+class MapFunction:
+    """A batch of columns in, the labels' columns out; pickles to the model's folder and checksum.
+
+    ``datasets`` names its cache by that, so a model that was trained anew is asked anew.
+    """
+
+    classifier: Classifier
+    names: tuple[str, str, str]
+    probabilities: bool
+    prefix: str
+    manifest: str
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Return a list a column for a mapping of column names to lists (``batched=True``)."""
+        texts = batch[self.names[0]]
+        if isinstance(texts, str):
+            raise TypeError("the batch must hold lists - map with batched=True")
+        others = [batch[n] if n in batch else [None] * len(texts) for n in self.names[1:]]
+        keys = ("text", "speaker", "context")
+        rows = [dict(zip(keys, cells, strict=True)) for cells in zip(texts, *others, strict=True)]
+        arrays = self.classifier.columns(self.classifier.predict_proba(rows), self.probabilities, self.prefix)
+        return {name: values.tolist() for name, values in arrays.items()}
+
+
+def _batches(lengths: NDArray[np.int64], most_tokens: int, most_rows: int | None) -> list[NDArray[np.int64]]:
+    """Cut windows, longest first, into batches of at most ``most_tokens`` with their padding."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, most_tokens // max(int(lengths[order[start]]), 1))
+        rows = min(rows, most_rows or rows)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def _halving(
+    logits: Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.float32]],
+    batch: Mapping[str, NDArray[np.int64]],
+) -> NDArray[np.float32]:
+    """Compute a batch, in halves where memory runs out."""
+    try:
+        return logits(batch)
+    except Exception as error:
+        rows, tokens = batch["input_ids"].shape
+        if not is_out_of_memory(error):
+            raise
+        if rows == 1:
+            raise StanceError(
+                f"out of memory with one statement of {tokens} tokens - free memory, or use --device cpu"
+            ) from None
+    half = rows // 2  # outside of the handler, whose traceback would hold the memory
+    parts = [{k: v[cut] for k, v in batch.items()} for cut in (slice(half), slice(half, None))]
+    return np.concatenate([_halving(logits, part) for part in parts])
+
+
+def _stance_index(best: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The overall stance (its place in STANCES) of each row's most probable labels."""
+    table = np.array(
+        [[STANCE_TASK.labels.index(overall_stance(d, c)) for c in CONFLICT.labels] for d in DIALOGUE.labels]
+    )
+    return np.asarray(table[best["dialogue"], best["conflict"]])
+
+
 def _named(task: Task, probabilities: Mapping[str, NDArray[np.float64]], row: int) -> dict[str, float]:
     return dict(zip(task.labels, probabilities[task.name][row].tolist(), strict=True))
+
+
+def _table_access(table: Any) -> tuple[list[Any], Callable[[str], list[Any]], Callable[[Any], Any]]:
+    """Column names, a column as a list, and a copy with more columns, for each kind of table."""
+    kind = type(table).__module__.partition(".")[0]
+    if kind == "pyarrow" and hasattr(table, "append_column"):
+
+        def append(added: Mapping[str, NDArray[Any]]) -> Any:
+            import pyarrow
+
+            result = table
+            for name, values in added.items():
+                result = result.append_column(name, pyarrow.array(values.tolist()))
+            return result
+
+        return list(table.column_names), lambda name: list(table.column(name).to_pylist()), append
+    if kind == "pandas" and hasattr(table, "assign"):
+        return (
+            list(table.columns),
+            lambda name: list(table[name]),
+            lambda added: table.assign(**{k: v.tolist() for k, v in added.items()}),
+        )
+    if kind == "polars" and hasattr(table, "with_columns"):
+
+        def with_columns(added: Mapping[str, NDArray[Any]]) -> Any:
+            import polars
+
+            return table.with_columns([polars.Series(k, v.tolist()) for k, v in added.items()])
+
+        return list(table.columns), lambda name: list(table[name].to_list()), with_columns
+    raise TypeError(
+        f"table must be a pyarrow Table or a pandas or polars DataFrame; got {type(table).__name__}"
+    )
+
+
+def _cell(value: Any) -> Any:
+    """A missing cell (None, NaN, pandas.NA) as None."""
+    missing = (
+        value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
+    )
+    return None if missing else value
 
 
 def _refuse_single(statements: object) -> None:
@@ -217,7 +580,7 @@ def _refuse_single(statements: object) -> None:
         )
 
 
-def _as_statements(statements: Sequence[StatementLike]) -> list[Statement]:
+def _as_statements(statements: Iterable[StatementLike]) -> list[Statement]:
     _refuse_single(statements)
     return [_as_statement(i, s) for i, s in enumerate(statements)]
 

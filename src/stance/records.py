@@ -1,17 +1,21 @@
 """Rows in and out: CSV, TSV, JSONL and Parquet as generators, the format told by the suffix.
 
 Rows are read here, one by one and with their line numbers, rather than by a table library that
-guesses types, reads ``"NA"`` as missing and cannot say which line is broken.
+guesses types, reads ``"NA"`` as missing and cannot say which line is broken. Text formats may be
+compressed (``.csv.gz``, ``.jsonl.zst``).
 """
 
 from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import io
 import json
 import os
+import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +24,23 @@ from typing import IO, Any
 
 from stance.errors import DataError, UsageError, did_you_mean
 
-__all__ = ["FORMATS", "Record", "expand_files", "file_format", "read_records", "write_records"]
+__all__ = [
+    "COMPRESSIONS",
+    "FORMATS",
+    "BadRow",
+    "Record",
+    "compression",
+    "compressor",
+    "escape_formula",
+    "expand_files",
+    "file_format",
+    "read_batches",
+    "read_records",
+    "read_rows",
+    "unescape_formula",
+    "write_records",
+    "write_rows",
+]
 
 FORMATS = {
     ".csv": "csv",
@@ -30,6 +50,9 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+COMPRESSIONS = (".gz", ".zst")
+RAW_LIMIT = 10_000
+"""The most characters of a row that cannot be read that are kept to show it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +68,40 @@ class Record:
         return f"{self.file}:{self.line}"
 
 
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read: where it stands, why, and what it looks like."""
+
+    file: str
+    line: int
+    reason: str
+    raw: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def compression(path: str | Path) -> str | None:
+    """Return ``.gz`` or ``.zst`` where a path ends so, else None."""
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in COMPRESSIONS else None
+
+
+def _format_suffix(path: str | Path) -> str:
+    """The suffix that names the format, without a compression's behind it."""
+    packed = compression(path)
+    inner = Path(Path(path).stem).suffix.lower() if packed else Path(path).suffix.lower()
+    return f"{inner}{packed}" if packed and FORMATS.get(inner, "parquet") == "parquet" else inner
+
+
 def file_format(path: str | Path) -> str:
     """Return the format that a file's suffix names.
 
     Raises:
         UsageError: the suffix names none.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = _format_suffix(path)
     if suffix not in FORMATS:
         raise UsageError(
             f"{path}: the suffix must be one of {', '.join(FORMATS)}; got {suffix or 'none'!r}"
@@ -79,7 +129,7 @@ def expand_files(patterns: Iterable[str | Path]) -> list[str]:
             found = sorted(
                 p
                 for p in glob.glob(pattern, recursive=True)
-                if Path(p).suffix.lower() in FORMATS and Path(p).is_file()
+                if _format_suffix(p) in FORMATS and Path(p).is_file()
             )
             if not found:
                 near = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
@@ -92,7 +142,7 @@ def expand_files(patterns: Iterable[str | Path]) -> list[str]:
 
 def _holds_rows(path: Path) -> bool:
     """Whether a folder's file is meant: tables, no hidden files, no texts such as a README.txt."""
-    kind = FORMATS.get(path.suffix.lower(), "text")
+    kind = FORMATS.get(_format_suffix(path), "text")
     return kind != "text" and not path.name.startswith(".") and path.is_file()
 
 
@@ -107,6 +157,19 @@ def read_records(path: str | Path, format: str | None = None) -> Iterator[Record
         DataError: a row cannot be read; the message names file and line.
         UsageError: the format is unknown or the file cannot be opened.
     """
+    for row in read_rows(path, format):
+        if isinstance(row, BadRow):
+            raise DataError(f"{row.where}: {row.reason}")
+        yield row
+
+
+def read_rows(path: str | Path, format: str | None = None) -> Iterator[Record | BadRow]:
+    """Yield the rows of a file as :func:`read_records`, and a :class:`BadRow` for each that is broken.
+
+    Raises:
+        DataError: the file as a whole cannot be read: a header, a damaged archive, no Parquet.
+        UsageError: the format is unknown or the file cannot be opened.
+    """
     name = str(path)
     kind = format or ("jsonl" if name == "-" else file_format(name))
     if kind not in FORMATS.values():
@@ -117,16 +180,18 @@ def read_records(path: str | Path, format: str | None = None) -> Iterator[Record
             yield from _read_parquet(name)
             return
         with _open(name) as handle:
-            lines = _lines(name, handle)
+            lines = _Lines(name, handle)
             if kind == "jsonl":
                 yield from _read_jsonl(name, lines)
             elif kind == "text":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield Record(name, number, {"text": line.rstrip("\r\n")})
+                yield from _read_text(name, lines)
             else:
                 yield from _read_csv(name, lines, "\t" if kind == "tsv" else ",")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: the compressed file is damaged: {error} - copy it again") from None
     except OSError as error:
+        if error.errno is None and compression(name):  # pyarrow's, for zstd
+            raise DataError(f"{name}: the compressed file is damaged: {error} - copy it again") from None
         raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
@@ -136,82 +201,173 @@ def _open(name: str) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
         return
     with open(name, "rb") as handle:
-        yield handle
+        packed = compression(name)
+        if packed == ".gz":
+            with gzip.open(handle, "rb") as plain:
+                yield plain  # type: ignore[misc]  # reads as bytes
+        elif packed == ".zst":
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(handle, "zstd") as plain:
+                yield io.BufferedReader(plain)
+        else:
+            yield handle
 
 
-def _lines(name: str, handle: IO[bytes]) -> Iterator[str]:
-    """Decode line by line, so that a broken byte is reported with its line."""
-    for number, raw in enumerate(handle, 1):
+class _Lines:
+    """Decodes line by line, so that a broken byte is told with its line.
+
+    Iterating gives texts (broken bytes escaped); ``take`` tells what was wrong since it was called
+    last and which lines came.
+    """
+
+    def __init__(self, name: str, handle: IO[bytes]):
+        self._numbered = enumerate(handle, 1)
+        self._name = name
+        self._problem: tuple[int, str] | None = None
+        self._raw: list[str] = []
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        number, raw = next(self._numbered)
+        self.number = number
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        problem = None
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            line = raw.decode(encoding)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: not UTF-8 ({error.reason}) - convert the file to UTF-8"
-            ) from None
+            line = raw.decode(encoding, "backslashreplace")
+            problem = f"not UTF-8 ({error.reason}) - convert the file to UTF-8"
         if "\0" in line:
-            raise DataError(f"{name}:{number}: a NUL byte - the file is damaged or not text")
-        yield line
+            problem = problem or "a NUL byte - the file is damaged or not text"
+        if problem and self._problem is None:
+            self._problem = (number, problem)
+        self._raw.append(line)
+        return line
+
+    def take(self) -> tuple[tuple[int, str] | None, list[str]]:
+        """Return the first problem (line, reason) and the lines since the last call."""
+        taken = self._problem, self._raw
+        self._problem, self._raw = None, []
+        return taken
+
+    def bad(self, line: int, reason: str, raw: Sequence[str]) -> BadRow:
+        """Return a bad row; long ones are cut."""
+        return BadRow(self._name, line, reason, "".join(raw)[:RAW_LIMIT].rstrip("\r\n"))
 
 
-def _read_jsonl(name: str, lines: Iterator[str]) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def _read_text(name: str, lines: _Lines) -> Iterator[Record | BadRow]:
+    for line in lines:
+        problem, raw = lines.take()
+        if problem:
+            yield lines.bad(*problem, raw)
+        elif line.strip():
+            yield Record(name, lines.number, {"text": line.rstrip("\r\n")})
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""What a lone surrogate looks like in JSON (and a whole pair too)."""
+
+
+def _read_jsonl(name: str, lines: _Lines) -> Iterator[Record | BadRow]:
+    for line in lines:
+        problem, raw = lines.take()
+        if problem is None and not line.strip():
             continue
-        try:
-            data = json.loads(line)
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{name}:{number}: a lone surrogate (half a character, \\ud800 to \\udfff) - mend the text"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}:{number}: not valid JSON: {error} - write one object a line") from None
-        if not isinstance(data, dict):
-            raise DataError(f"{name}:{number}: a line must hold a JSON object; got {type(data).__name__}")
-        yield Record(name, number, data)
+        number, reason = problem or (lines.number, "")
+        data: Any = None
+        if not reason:
+            try:
+                data = json.loads(line)
+                if _HALF.search(line):
+                    json.dumps(data, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                reason = "a lone surrogate (half a character, \\ud800 to \\udfff) - mend the text"
+            except (ValueError, RecursionError) as error:
+                reason = f"not valid JSON: {error} - write one object a line"
+            else:
+                if not isinstance(data, dict):
+                    reason = f"a line must hold a JSON object; got {type(data).__name__}"
+        yield lines.bad(number, reason, raw) if reason else Record(name, number, data)
 
 
-def _read_csv(name: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
+def _read_csv(name: str, lines: _Lines, delimiter: str) -> Iterator[Record | BadRow]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
-    try:
-        for cells in reader:
-            line, start = start, reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                twice = sorted({h for h in header if header.count(h) > 1})
-                if twice:
-                    raise DataError(
-                        f"{name}:{line}: columns stand twice in the header: {', '.join(map(repr, twice))}"
-                    )
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{name}:{line}: the row must have {len(header)} cells like the header; "
-                    f"got {len(cells)} - quote cells that hold {delimiter!r}"
-                )
-            yield Record(name, line, dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{name}:{start}: not valid CSV: {error} - mend the quotes") from None
+    while True:
+        reason = ""
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            cells, reason = [], f"not valid CSV: {error} - mend the quotes"
+        line, start = start, reader.line_num + 1
+        problem, raw = lines.take()
+        if problem:
+            line, reason = problem
+        if not cells and not reason:
+            continue
+        if header is None:
+            if reason:
+                raise DataError(f"{name}:{line}: {reason}")
+            header = _csv_header(name, line, cells)
+            continue
+        if not reason and len(cells) != len(header):
+            reason = (
+                f"the row must have {len(header)} cells like the header; got {len(cells)} - quote cells "
+                f"that hold {delimiter!r}"
+            )
+        yield (
+            lines.bad(line, reason, raw)
+            if reason
+            else Record(name, line, dict(zip(header, cells, strict=True)))
+        )
+
+
+def _csv_header(name: str, line: int, cells: Sequence[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = sorted({h for h in header if header.count(h) > 1})
+    if twice:
+        raise DataError(f"{name}:{line}: columns stand twice in the header: {', '.join(map(repr, twice))}")
+    return header
 
 
 def _read_parquet(name: str) -> Iterator[Record]:
+    for start, batch in read_batches(name):
+        for number, data in enumerate(batch.to_pylist(), start):
+            yield Record(name, number, data)
+
+
+def read_batches(
+    name: str, columns: Sequence[str] | None = None, rows: int = 256
+) -> Iterator[tuple[int, Any]]:
+    """Yield a Parquet file as Arrow record batches, each with the number of its first row (from 1).
+
+    Raises:
+        DataError: it is no Parquet file, or damaged.
+        UsageError: it cannot be opened.
+    """
     import pyarrow
     import pyarrow.parquet
 
+    number = 1
     try:
-        with pyarrow.parquet.ParquetFile(name) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for data in batch.to_pylist():
-                    number += 1
-                    yield Record(name, number, data)
+        with open(name, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
+                yield number, batch
+                number += batch.num_rows
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # damaged inside
+            raise DataError(f"{name}: the Parquet file is damaged: {error}") from None
+        raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Sequence[str]) -> int:
@@ -225,7 +381,7 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
     """
     name = str(path)
     if name == "-":
-        return _write(rows, sys.stdout, "jsonl", columns)
+        return write_rows(rows, sys.stdout, "jsonl", columns)
     kind = file_format(name)
     target = Path(name)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -236,10 +392,11 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
             if kind == "parquet":
                 count = _write_parquet(rows, handle, name, columns)
             else:
-                text = io.TextIOWrapper(handle, encoding="utf-8", newline="", write_through=True)
-                count = _write(rows, text, kind, columns)
-                text.flush()
-                text.detach()
+                with compressor(handle, name) as packed:
+                    text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=True)
+                    count = write_rows(rows, text, kind, columns)
+                    text.flush()
+                    text.detach()
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, target)
@@ -276,14 +433,89 @@ def _write_parquet(
     return len(table)
 
 
-def _write(rows: Iterable[dict[str, Any]], handle: IO[str], kind: str, columns: Sequence[str]) -> int:
+@contextmanager
+def compressor(handle: IO[bytes], name: str | Path) -> Iterator[IO[bytes]]:
+    """Give a stream that compresses into ``handle`` as the name's suffix asks; ``handle`` stays open.
+
+    The bytes depend on the content alone: no name and no time goes into the archive.
+    """
+    packed = compression(name)
+    if packed == ".gz":
+        with gzip.GzipFile("", "wb", fileobj=handle, compresslevel=6, mtime=0) as archive:
+            yield archive  # type: ignore[misc]  # writes as bytes
+    elif packed == ".zst":
+        import pyarrow
+
+        sink = pyarrow.PythonFile(_Unclosed(handle), "w")
+        with pyarrow.CompressedOutputStream(sink, "zstd") as archive:
+            yield archive
+    else:
+        yield handle
+
+
+class _Unclosed:
+    """A writer whose closing leaves the stream below open."""
+
+    closed = False
+
+    def __init__(self, handle: IO[bytes]):
+        self.write, self.flush = handle.write, handle.flush
+
+    def close(self) -> None:
+        pass
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""What spreadsheets may run as a formula, and what escaping has made of it."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def escape_formula(cell: str) -> str:
+    """Put ``'`` before a cell that a spreadsheet may run: one that begins with ``= + - @``, tab or CR.
+
+    Plain numbers stay. A cell that looks escaped already gets one more, so that
+    :func:`unescape_formula` gives back any cell.
+    """
+    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def unescape_formula(cell: str) -> str:
+    """Return what :func:`escape_formula` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def write_rows(
+    rows: Iterable[dict[str, Any]],
+    handle: IO[str],
+    kind: str,
+    columns: Sequence[str],
+    *,
+    header: bool = True,
+    escape: bool = False,
+) -> int:
+    """Write rows as text and return their number.
+
+    Args:
+        rows: column to value.
+        handle: a text stream without newline translation.
+        kind: ``csv``, ``tsv`` or ``jsonl``.
+        columns: the columns of CSV and TSV.
+        header: begin CSV and TSV with the columns' names.
+        escape: pass CSV and TSV cells through :func:`escape_formula`.
+    """
     count = 0
     if kind in ("csv", "tsv"):
+
+        def shown(value: Any) -> Any:
+            value = _cell(value)
+            return escape_formula(value) if escape and isinstance(value, str) else value
+
         # A lone carriage return is only quoted if it is part of the line terminator.
         writer = csv.writer(handle, delimiter="\t" if kind == "tsv" else ",", lineterminator="\r\n")
-        writer.writerow(columns)
+        if header:
+            writer.writerow([shown(column) for column in columns])
         for count, row in enumerate(rows, 1):  # noqa: B007
-            writer.writerow([_cell(row.get(column)) for column in columns])
+            writer.writerow([shown(row.get(column)) for column in columns])
         return count
     if kind == "text":
         raise UsageError("plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet")

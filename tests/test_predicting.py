@@ -1,0 +1,480 @@
+"""Files labelled: nothing lost, nothing twice, the same bytes however a run was interrupted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import corpus_rows, write_jsonl
+from stance import Classifier, load, predicting
+from stance.errors import DataError, StanceError, UsageError
+from stance.parts import WorkFolder
+from stance.predicting import Options, check_call, predict_files
+from stance.records import read_records, unescape_formula
+
+SMALL = {"part_rows": 16}
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> Classifier:
+    return load(trained, device="cpu", exact=True)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """100 rows with types that text has not, some of them twice."""
+    rows = [
+        {"id": i, "speaker": r["speaker"], "text": r["text"], "codes": {"a": [i, None]}, "q": i / 7}
+        for i, r in enumerate(corpus_rows(90, seed=5))
+    ]
+    return write_jsonl(tmp_path / "in.jsonl", rows + rows[:10])
+
+
+def run(
+    model: Classifier,
+    source: Path | list[Path],
+    output: Path,
+    *,
+    resume=False,
+    force=False,
+    log=None,
+    **options,
+):
+    paths = [str(p) for p in (source if isinstance(source, list) else [source])]
+    return predict_files(
+        model, paths, str(output), Options(**{**SMALL, **options}), resume=resume, force=force,
+        log=log or (lambda line: None),
+    )  # fmt: skip
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [r.data for r in read_records(path)]
+
+
+def beside(path: Path) -> set[str]:
+    return {p.name for p in path.parent.iterdir()}
+
+
+# --- any rows, any format ------------------------------------------------------------------------
+
+characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+cells = st.text(characters, max_size=20)
+tables = st.lists(
+    st.fixed_dictionaries({"text": st.text(characters, min_size=1, max_size=60).filter(str.strip),
+                           "speaker": cells, "note": cells}),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".jsonl.zst"])
+@settings(max_examples=12, deadline=None)
+@given(rows=tables)
+def test_any_rows_keep_order_and_columns_and_get_what_python_gives(model, suffix, rows):
+    with tempfile.TemporaryDirectory() as name:
+        given_, output = write_jsonl(Path(name, "in.jsonl"), rows), Path(name, f"out{suffix}")
+        assert run(model, given_, output, part_rows=5, probabilities=True).labelled == len(rows)
+        found = rows_of(output)
+        back = unescape_formula if "sv" in suffix else str
+        assert [{k: back(r[k]) for k in rows[0]} for r in found] == rows
+        for row, prediction in zip(found, model.predict(rows), strict=True):
+            for task, values in (
+                *prediction.probabilities.items(),
+                ("stance", prediction.stance_probabilities),
+            ):
+                shown = {label: float(row[f"{task}_{label}"]) for label in values}
+                assert sum(shown.values()) == pytest.approx(1, abs=1e-5)
+                assert shown == pytest.approx(values, abs=2e-6)
+            assert float(row["lean"]) == pytest.approx(prediction.lean, abs=2e-6)
+        assert beside(output) == {"in.jsonl", output.name, f"{output.name}.meta.json"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("number", [1, 2, 3, 9])
+def test_the_shards_are_the_whole(model, source, tmp_path, suffix, number):
+    """Part by part and to the last digit, also where there are more shards than parts."""
+    run(model, source, tmp_path / f"whole{suffix}")
+    shards = []
+    for i in range(1, number + 1):
+        path = tmp_path / f"shard{i}{suffix}"
+        run(model, source, path, shard=(i, number))
+        shards.append(rows_of(path))
+    dealt = [row for k in range(7) for row in shards[k % number][k // number * 16 : (k // number + 1) * 16]]
+    assert dealt == rows_of(tmp_path / f"whole{suffix}")
+    assert sum(map(len, shards)) == 100
+
+
+@pytest.mark.parametrize("shard", [(0, 3), (4, 3), (1, 0)])
+def test_a_shard_that_is_none_is_refused(shard):
+    with pytest.raises(UsageError, match="--shard: must be i/n with i from 1 to n"):
+        Options(shard=shard)
+
+
+def test_parquet_keeps_its_types(model, tmp_path):
+    table = pyarrow.table(
+        {
+            "text": pyarrow.array(["we will meet"] * 40).dictionary_encode(),
+            "when": pyarrow.array(range(40), pyarrow.timestamp("us", "UTC")),
+            "small": pyarrow.array(range(40), pyarrow.int8()),
+            "nested": [{"a": [i], "b": None} for i in range(40)],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    run(model, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    result = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    for name in ("when", "small", "nested"):
+        assert result.column(name).combine_chunks().equals(table.column(name).combine_chunks()), name
+        assert result.schema.field(name).type == table.schema.field(name).type
+    note = json.loads(result.schema.metadata[b"stance"])
+    assert note == json.loads((tmp_path / "out.parquet.meta.json").read_text())
+    assert note["backend"] == "torch fp32 cpu"
+    assert note["labelled"] == 40
+
+
+def test_several_files_are_one_output(model, tmp_path):
+    rows = corpus_rows(30)
+    one = write_jsonl(tmp_path / "a.jsonl", rows[:20])
+    with gzip.open(tmp_path / "b.csv.gz", "wt", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, ["speaker", "text", "id"])
+        writer.writeheader()
+        writer.writerows({k: r[k] for k in ("speaker", "text", "id")} for r in rows[20:])
+    run(model, [one, tmp_path / "b.csv.gz"], tmp_path / "out.jsonl", prefix="p_")
+    assert [r["id"] for r in rows_of(tmp_path / "out.jsonl")] == [r["id"] for r in rows]
+
+
+def test_tables_of_other_columns_are_refused(model, tmp_path):
+    (tmp_path / "a.csv").write_text("text,x\nwar,1\n")
+    (tmp_path / "b.csv").write_text("x,text\n2,peace\n")
+    (tmp_path / "c.csv").write_text("text,y\nwar,1\n")
+    run(model, [tmp_path / "a.csv", tmp_path / "b.csv"], tmp_path / "out.csv")
+    assert [(r["text"], r["x"]) for r in rows_of(tmp_path / "out.csv")] == [("war", "1"), ("peace", "2")]
+    with pytest.raises(DataError, match=r"c\.csv: columns must be those of .*a\.csv: text, x; got text, y"):
+        run(model, [tmp_path / "a.csv", tmp_path / "c.csv"], tmp_path / "no.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".jsonl.zst"])
+def test_a_damaged_archive_is_named(model, tmp_path, suffix):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": f"war {i} {'x' * (i % 70)}"} for i in range(500)])
+    packed = tmp_path / f"packed{suffix}"
+    run(model, source, packed)
+    packed.write_bytes(packed.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"packed.*: the compressed file is damaged"):
+        run(model, packed, tmp_path / "out.jsonl", prefix="p_")
+
+
+def test_formula_cells_are_escaped_and_come_back(model, tmp_path):
+    notes = ["=1+1", "+a", "-b", "@c", "\tx", "\r=", "'=quoted", "-5", "+1.5e3", "'tis", "plain", "''@"]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "war", "note": n} for n in notes])
+    run(model, source, tmp_path / "out.csv")
+    shown = [r["note"] for r in rows_of(tmp_path / "out.csv")]
+    assert shown[:7] == ["'=1+1", "'+a", "'-b", "'@c", "'\tx", "'\r=", "''=quoted"]
+    assert shown[7:11] == notes[7:11]
+    assert [unescape_formula(n) for n in shown] == notes
+    run(model, source, tmp_path / "raw.csv", csv_escape=False)
+    assert [r["note"] for r in rows_of(tmp_path / "raw.csv")] == notes
+
+
+def test_abstained_says_where_the_stance_is_unsure(model, source, tmp_path, monkeypatch):
+    scores = sorted(r["stance_score"] for r in model.predict_table(pyarrow.table(
+        {"text": [r["text"] for r in rows_of(source)], "speaker": [r["speaker"] for r in rows_of(source)]}
+    )).to_pylist())  # fmt: skip
+    monkeypatch.setattr(model, "meta", {**model.meta, "abstention": {"stance": [[0.9, scores[50]]]}})
+    run(model, source, tmp_path / "out.parquet", abstain_at=0.9)
+    for row in rows_of(tmp_path / "out.parquet"):
+        assert row["abstained"] is (row["stance_score"] < scores[50])
+    assert 20 < sum(r["abstained"] for r in rows_of(tmp_path / "out.parquet")) < 80
+
+
+# --- bad rows ------------------------------------------------------------------------------------
+
+BAD = [
+    b'{"text": "good one", "n": 1}', b'{"text": ""}', b'{"n": 3}', b'{"text": 7, "n": 4}', b"{broken",
+    b'{"text": "caf\xe9"}', b'{"text": "\x00"}', b'{"text": "\\ud83d"}', b"[1]", b'{"text": "x", "speaker": 3}',
+    b'{"text": "good two", "n": 2}',
+]  # fmt: skip
+REASONS = ["not empty", "is missing", "not empty", "not valid JSON", "not UTF-8", "NUL byte", "lone surrogate",
+           "must hold a JSON object", "speaker must be text"]  # fmt: skip
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"\n".join(BAD) + b"\n")
+    return path
+
+
+def test_bad_rows_are_skipped_and_told(model, bad, tmp_path):
+    summary = run(model, bad, tmp_path / "out.jsonl", on_error="skip", part_rows=4)
+    assert (summary.labelled, summary.rejected) == (2, 9)
+    assert [r["text"] for r in rows_of(tmp_path / "out.jsonl")] == ["good one", "good two"]
+    rejects = rows_of(tmp_path / "out.jsonl.rejects.jsonl")
+    assert [r["line"] for r in rejects] == list(range(2, 11))
+    assert all(reason in r["reason"] for r, reason in zip(rejects, REASONS, strict=True))
+    assert rejects[3]["raw"] == "{broken"
+    assert json.loads(rejects[2]["raw"]) == {"text": 7, "n": 4}
+    assert {r["file"] for r in rejects} == {str(bad)}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_bad_rows_are_kept_without_labels(model, bad, tmp_path, suffix):
+    output = tmp_path / f"out{suffix}"
+    lines = BAD[:3] + BAD[4:]  # a text of numbers and texts is no Parquet column
+    bad.write_bytes(b"\n".join(lines) + b"\n")
+    assert run(model, bad, output, on_error="null", part_rows=4).rejected == 8
+    rows = rows_of(output)
+    assert len(rows) == 10
+    assert [bool(r["stance"]) for r in rows] == [True] + [False] * 8 + [True]
+    assert {r["lean"] for r in rows[1:-1]} <= {None, ""}
+    assert len(rows_of(output.with_name(output.name + ".rejects.jsonl"))) == 8
+
+
+def test_the_first_bad_row_ends_the_run(model, bad, tmp_path):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: text must be text that is not empty"):
+        run(model, bad, tmp_path / "out.jsonl")
+    assert beside(bad) == {"bad.jsonl"}
+
+
+def test_broken_csv_rows_are_bad_rows(model, tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(b'text,n\nwar,1\nwar\n"x"y,2\ncaf\xe9,3\n"two\nlines",4\npeace,5\n"open,6\nlast,7\n')
+    assert run(model, path, tmp_path / "out.csv", on_error="skip").labelled == 3
+    assert [r["text"] for r in rows_of(tmp_path / "out.csv")] == ["war", "two\nlines", "peace"]
+    rejects = rows_of(tmp_path / "out.csv.rejects.jsonl")
+    assert [r["line"] for r in rejects] == [3, 4, 5, 9]
+    assert rejects[3]["raw"] == '"open,6\nlast,7'
+
+
+def test_a_table_without_the_text_column_is_no_matter_of_rows(model, tmp_path):
+    (tmp_path / "in.csv").write_text("quote\nwar\n")
+    with pytest.raises(DataError, match="column 'text' is missing; got quote"):
+        run(model, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
+
+
+def test_bad_parquet_rows_are_skipped_or_null(model, tmp_path):
+    table = pyarrow.table({"text": ["war", None, "peace", " "], "n": [1, 2, 3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    run(model, tmp_path / "in.parquet", tmp_path / "skip.parquet", on_error="skip")
+    run(model, tmp_path / "in.parquet", tmp_path / "null.parquet", on_error="null")
+    assert [r["n"] for r in rows_of(tmp_path / "skip.parquet")] == [1, 3]
+    assert [(r["n"], r["stance"] is None) for r in rows_of(tmp_path / "null.parquet")] == [
+        (1, False), (2, True), (3, False), (4, True),
+    ]  # fmt: skip
+    assert rows_of(tmp_path / "skip.parquet.rejects.jsonl")[0]["line"] == 2
+
+
+# --- interrupted runs ----------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """As Ctrl-C or a crash would end a run."""
+
+
+def interrupted(model, source, output, after: int, **options) -> None:
+    """Run until ``after`` parts were committed."""
+    commit, number = WorkFolder.commit, 0
+
+    def counted(self, progress):
+        nonlocal number
+        commit(self, progress)
+        number += 1
+        if number == after:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkFolder, "commit", counted)
+        with pytest.raises(Stop):
+            run(model, source, output, **options)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_resumed_run_gives_the_very_bytes(model, source, tmp_path, suffix, after):
+    run(model, source, tmp_path / f"whole{suffix}")
+    output = tmp_path / f"out{suffix}"
+    interrupted(model, source, output, after)
+    summary = run(model, source, output, resume=True)
+    assert (summary.labelled, summary.resumed) == (100, after * 16)
+    assert output.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert not any(name.startswith(".out") for name in beside(output))
+
+
+def test_a_resumed_run_keeps_shard_and_rejects(model, bad, tmp_path):
+    bad.write_bytes(b"\n".join(BAD * 20) + b"\n")
+    options = {"on_error": "null", "shard": (1, 2)}
+    run(model, bad, tmp_path / "whole.csv", **options)
+    interrupted(model, bad, tmp_path / "out.csv", 4, **options)
+    run(model, bad, tmp_path / "out.csv", resume=True, **options)
+    for name in ("{}.csv", "{}.csv.rejects.jsonl"):
+        assert (tmp_path / name.format("out")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_resumed(trained, tmp_path):
+    rows = [{"text": f"we will meet on day {i}", "id": i} for i in range(9000)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    command = [sys.executable, "-m", "stance", "predict", str(trained), str(source), "--exact", "-o"]
+    subprocess.run([*command, str(tmp_path / "whole.csv")], check=True, capture_output=True)
+    output = tmp_path / "out.csv"
+    process = subprocess.Popen([*command, str(output)], stderr=subprocess.DEVNULL)
+    state = tmp_path / ".out.csv.stance" / "state.json"
+    while process.poll() is None:
+        if state.exists() and json.loads(state.read_text())["progress"]["rows"]:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    if process.returncode != 0:  # otherwise it was quicker than we are
+        refused = subprocess.run([*command, str(output)], capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "an earlier run was not finished - go on with --resume" in refused.stderr
+        subprocess.run([*command, str(output), "--resume"], check=True, capture_output=True)
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_only_the_same_run_is_resumed(model, trained, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    interrupted(model, source, output, 2)
+    before = {p.name: p.read_bytes() for p in (tmp_path / ".out.jsonl.stance").iterdir()}
+    with pytest.raises(UsageError, match="must go on with the same options"):
+        run(model, source, output, resume=True, probabilities=True)
+    other = write_jsonl(tmp_path / "in2.jsonl", rows_of(source)[:-1])
+    other.rename(source)
+    with pytest.raises(UsageError, match="must go on with the same input"):
+        run(model, source, output, resume=True)
+    folder = Path(shutil.copytree(trained, tmp_path / "model"))
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text() + "\n")
+    with pytest.raises(UsageError, match="must go on with the same model"):
+        run(load(folder, device="cpu", exact=True), source, output, resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / ".out.jsonl.stance").iterdir()} == before
+    with pytest.raises(UsageError, match=r"go on with --resume, or begin anew with --force"):
+        run(model, source, output)
+    assert run(model, source, output, force=True).labelled == 99
+
+
+def test_after_a_bad_row_the_rows_before_are_kept(model, tmp_path):
+    rows = [{"text": f"war {i}"} for i in range(40)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*rows, {"text": ""}, {"text": "peace"}])
+    lines: list[str] = []
+    with pytest.raises(DataError, match=r"in\.jsonl:41: "):
+        run(model, source, tmp_path / "out.csv", log=lines.append)
+    assert "32 rows are done and kept" in lines[0]
+    run(model, source, tmp_path / "out.csv", resume=True, on_error="skip")
+    run(model, source, tmp_path / "whole.csv", on_error="skip")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_full_disk_loses_nothing(model, source, tmp_path, monkeypatch):
+    run(model, source, tmp_path / "whole.csv")
+    sync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((StanceError, OSError), match="No space left on device"):
+        run(model, source, tmp_path / "out.csv")
+    monkeypatch.setattr(os, "fsync", sync)
+    assert not (tmp_path / "out.csv").exists()
+    assert run(model, source, tmp_path / "out.csv", resume=True).resumed > 0
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
+    run(model, source, tmp_path / "out.csv")
+    monkeypatch.setattr(predicting, "_read", None)  # would be called
+    summary = run(model, source, tmp_path / "out.csv", resume=True)
+    assert summary.finished
+    assert summary.labelled == 100
+    with pytest.raises(UsageError, match="exists already, of another run"):
+        run(model, source, tmp_path / "out.csv", resume=True, prefix="p_")
+
+
+def test_two_processes_do_not_write_one_output(model, source, tmp_path):
+    other = WorkFolder(tmp_path / "out.csv")
+    other.open({"input": "x"}, resume=False)
+    with pytest.raises(UsageError, match=r"out\.csv: another process is writing it"):
+        run(model, source, tmp_path / "out.csv")
+    other.close()
+    assert run(model, source, tmp_path / "out.csv").labelled == 100
+
+
+# --- what cannot be ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "output", "call", "message"),
+    [
+        (["a.jsonl"], "out.csv", {"resume": True, "force": True}, "exclude each other"),
+        (["-"], "out.csv", {"resume": True}, "standard input and output cannot be taken up again"),
+        (["a.jsonl"], "-", {"resume": True}, "standard input and output cannot be taken up again"),
+        (["a.xls"], "-", {}, "the suffix must be one of"),
+        (["-", "a.jsonl"], "-", {}, "must be the only input"),
+        (["a.jsonl"], "out.txt.gz", {}, "plain text cannot hold predictions"),
+        (["a.jsonl"], "out.parquet.gz", {}, "the suffix must be one of"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_refused(paths, output, call, message):
+    with pytest.raises(UsageError, match=message):
+        check_call(paths, output, Options(), **call)
+
+
+def test_predictions_need_other_names_than_the_columns(model, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "war"}] * 20 + [{"text": "war", "lean": 1}])
+    with pytest.raises(UsageError, match="got lean - set the added ones apart with --prefix"):
+        run(model, source, tmp_path / "out.jsonl")
+
+
+def test_memory_does_not_grow_with_the_rows(model, tmp_path):
+    """No more parts are under way at once than the pipeline holds."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": f"war {i}"} for i in range(800)])
+    alive, most = 0, 0
+    plain = predicting._Run._write
+    cut = predicting._cut
+
+    def counted_cut(rows, options):
+        nonlocal alive, most
+        for part in cut(rows, options):
+            alive += 1
+            most = max(most, alive)
+            yield part
+
+    def counted_write(self, *arguments):
+        nonlocal alive
+        plain(self, *arguments)
+        alive -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predicting, "_cut", counted_cut)
+        patch.setattr(predicting._Run, "_write", counted_write)
+        run(model, source, tmp_path / "out.csv", part_rows=10)
+    assert alive == 0
+    assert most <= 7
+
+
+def test_long_texts_end_a_part_early(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "PART_CHARACTERS", 100)
+    rows = [{"text": "war " * (1 + 10 * (i % 3))} for i in range(30)]
+    parts = list(predicting._cut(iter(read_records(write_jsonl(tmp_path / "a.jsonl", rows))), Options()))
+    assert max(sum(len(r.data["text"]) for r in part) for part in parts) < 100 + 90
+    assert sum(map(len, parts)) == 30
