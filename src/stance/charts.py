@@ -51,7 +51,7 @@ def _frame(title: str, x_label: str, y_label: str, top: float, inside: Markup) -
             _y(0.5), y_label
         )
     )  # fmt: skip
-    return Markup('<svg class="chart" viewBox="0 0 300 246" role="img" aria-label="{}">{}{}</svg>').format(
+    return Markup('<svg class="chart" viewBox="0 0 304 250" role="img" aria-label="{}">{}{}</svg>').format(
         title, Markup("").join(marks), inside
     )
 

@@ -33,18 +33,25 @@ def _duration(seconds: float) -> str:
     return " ".join(f"{n} {unit}" for n, unit in parts if n) or "0 s"
 
 
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
+def _decimal(value: float, digits: int, sign: str = "") -> str:
+    text = f"{value:{sign}.{digits}f}"
+    return text.lstrip("+-") if not float(text) else text.replace("-", "−")
+
+
+def _moment(text: str) -> str:
+    """An ISO 8601 time in UTC, to the minute."""
+    return f"{text[:10]}, {text[11:16]} UTC" if text.endswith("Z") and "T" in text else text
 
 
 FORMATS: Mapping[str, Callable[[Any], str]] = {
-    "score": lambda v: _minus(f"{v:.2f}"),
-    "fine": lambda v: _minus(f"{v:.3f}"),
-    "signed": lambda v: _minus(f"{v:+.2f}"),
+    "score": lambda v: _decimal(v, 2),
+    "fine": lambda v: _decimal(v, 3),
+    "signed": lambda v: _decimal(v, 2, "+"),
     "percent": _percent,
     "of100": _of_100,
     "count": lambda v: f"{v:,}",
     "duration": _duration,
+    "moment": _moment,
     "text": str,
 }
 """How a figure is shown, by name; ``data-format`` names one of them."""
@@ -87,6 +94,7 @@ class Figures:
         """Return ``low–high`` of an interval; empty where there is none."""
         if not self.value(*keys):
             return Markup("")
-        return Markup('<span class="interval">{}–{}</span>').format(
-            self(form, *keys, 0), self(form, *keys, 1)
+        between = " to " if form == "signed" else "–"
+        return Markup('<span class="interval">{}{}{}</span>').format(
+            self(form, *keys, 0), between, self(form, *keys, 1)
         )

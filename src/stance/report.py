@@ -39,6 +39,7 @@ BASELINES = {
     "embeddings_lr": "frozen embeddings",
 }
 COLUMNS = {"speaker_given": "speaker given", "rule": "codebook rule"}
+_FIRST = ("register", "rule", "length", "speaker_given", "speaker", "setting")
 RULES = (
     "Whose position", "Negation and scope", "Conditional offers", "Conditional threats", "Disclaimer and threat",
     "Ending the fighting", "Slogans", "Own deeds", "Failed talks", "Justice and law", "Calls against an opponent",
@@ -158,6 +159,8 @@ def render(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) 
         browser=_browser(report, predictions),
         reliability=reliability_diagram,
         risk_coverage=risk_coverage_curve,
+        columns=_columns(report),
+        lowest_pair=lambda task: _lowest_pair(fig, task, "macro_f1"),
         legend={name: legend for task in report["tasks"] for name, legend in _legend(task)},
         baseline_names=BASELINES,
         column_name=lambda column: COLUMNS.get(column, column),
@@ -193,7 +196,7 @@ def _follows_codebook(report: Mapping[str, Any]) -> bool:
 
 def _value_name(report: Mapping[str, Any], column: str, value: str) -> str:
     if column == "rule" and _follows_codebook(report) and value.isdecimal() and 0 < int(value) <= len(RULES):
-        return f"{value}. {RULES[int(value) - 1]}"
+        return f"{value} {RULES[int(value) - 1]}"
     return value
 
 
@@ -217,8 +220,8 @@ def _how_good(fig: Figures) -> Markup:
             fig("of100", "scores", task, "intervals", "accuracy", 0),
             fig("of100", "scores", task, "intervals", "accuracy", 1),
         )
-    beside = [part for part in (_beside_baseline(fig, task), _beside_people(fig, task)) if part]
-    return text + Markup("").join([Markup(", ") + Markup(" and ").join(beside)] if beside else []) + "."
+    beside = [part for part in (_beside_baseline(fig, task), _beside_annotators(fig, task)) if part]
+    return text + Markup("").join([Markup(", ") + Markup(", and ").join(beside)] if beside else []) + "."
 
 
 def _beside_baseline(fig: Figures, task: str) -> Markup | None:
@@ -236,24 +239,27 @@ def _beside_baseline(fig: Figures, task: str) -> Markup | None:
     low = (fig.value("scores", task, "intervals", "accuracy") or [own])[0]
     high = (fig.value("baselines", name, task, "intervals", "accuracy") or [best, best])[1]
     word = "clearly more than" if low > high else "somewhat more than" if own > best else "no more than"
-    return Markup("{} the best simple method does ({}: {})").format(
-        word, BASELINES.get(name, name), fig("of100", "baselines", name, task, "accuracy")
+    return Markup("{} the {} of the best simple method, {}").format(
+        word, fig("of100", "baselines", name, task, "accuracy"), BASELINES.get(name, name)
     )
 
 
-def _beside_people(fig: Figures, task: str) -> Markup | None:
+def _lowest_pair(fig: Figures, task: str, figure: str) -> int:
+    """The pair of annotators that agree least, by its place in the report: the careful ceiling."""
+    pairs = fig.value("human", "tasks", task, "pairs") or []
+    known = [(pair[figure], index) for index, pair in enumerate(pairs) if pair[figure] is not None]
+    return min(known)[1] if known else 0
+
+
+def _beside_annotators(fig: Figures, task: str) -> Markup | None:
     from markupsafe import Markup
 
-    pairs = fig.value("human", "tasks", task, "pairs") or []
-    agreed = [(pair["accuracy"], i) for i, pair in enumerate(pairs) if pair["accuracy"] is not None]
-    if not agreed:
+    pair = ("human", "tasks", task, "pairs", _lowest_pair(fig, task, "accuracy"), "accuracy")
+    accuracy, own = fig.value(*pair), fig.value("human", "tasks", task, "model", "accuracy")
+    if accuracy is None or own is None:
         return None
-    accuracy, index = min(agreed)
-    own = fig.value("human", "tasks", task, "model", "accuracy") or 0.0
     word = "fewer than" if own < accuracy else "as many as"
-    return Markup("{} the {} on which two people agree").format(
-        word, fig("of100", "human", "tasks", task, "pairs", index, "accuracy")
-    )
+    return Markup("{} the {} on which two annotators agree").format(word, fig("of100", *pair))
 
 
 def _where_weak(fig: Figures) -> Markup:
@@ -265,31 +271,28 @@ def _where_weak(fig: Figures) -> Markup:
     parts = []
     if recalls:
         label = min(recalls)[1]
-        keys = ("scores", task, "per_class", label, "recall")
-        parts.append(
-            Markup("on statements whose true label is “<bdi>{}</bdi>” ({} of 100 found)").format(
-                label, fig("of100", *keys)
-            )
-        )
-    weakest = _weakest(report)
-    if weakest:
-        column, index, value = weakest[0]
-        keys = ("slices", "columns", column, "values", index, "scores", task, "accuracy")
-        parts.append(
-            Markup("where {} is “<bdi>{}</bdi>” ({} of 100 right)").format(
-                COLUMNS.get(column, column), _value_name(report, column, value), fig("of100", *keys)
-            )
-        )
+        found = fig("of100", "scores", task, "per_class", label, "recall")
+        parts.append(Markup("for the label “<bdi>{}</bdi>” (finds {} of 100)").format(label, found))
+    for column, index, value in _weakest(report)[:1]:
+        right = fig("of100", "slices", "columns", column, "values", index, "scores", task, "accuracy")
+        name, shown = COLUMNS.get(column, column), _value_name(report, column, value)
+        parts.append(Markup("for the {} “<bdi>{}</bdi>” ({} of 100 right)").format(name, shown, right))
     if fig.value("groups", "contrast"):
+        right, number = (fig("count", "groups", "contrast", key) for key in ("right", "n"))
         parts.append(
-            Markup("on small changes of wording (all right in only {} of {} groups of near-identical statements)").format(
-                fig("count", "groups", "contrast", "right"), fig("count", "groups", "contrast", "n")
-            )
-        )  # fmt: skip
+            Markup("for small changes of wording ({} of {} groups wholly right)").format(right, number)
+        )
     if not parts:
         return Markup("Nothing in these statements shows where it is weakest.")
     listed = Markup(", ").join(parts[:-1]) + (Markup(" and ") if parts[1:] else Markup("")) + parts[-1]
     return Markup("It is weakest {}.").format(listed)
+
+
+def _columns(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The columns of slices in reading order: what a statement is before where it comes from."""
+    columns = report["slices"]["columns"]
+    order = [c for c in _FIRST if c in columns] + [c for c in columns if c not in _FIRST]
+    return [(column, columns[column]) for column in order]
 
 
 def _weakest(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
