@@ -395,6 +395,23 @@ def evaluate(
     _print_groups(report)
 
 
+@app.command(name="report", epilog=_EPILOG)
+def make_report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="REPORT_DIR", help="The folder that 'stance evaluate -o' wrote."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write the page; default: REPORT_DIR/report.html."),
+    ] = None,
+) -> None:
+    """Make the HTML page of a report anew, from its report.json and predictions.jsonl."""
+    from stance.report import write_html
+
+    say(f"wrote {write_html(folder, output)}")
+
+
 @app.command(epilog=_EPILOG)
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a trained model.")],

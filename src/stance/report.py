@@ -8,6 +8,7 @@ policy (CSP) runs no script but its own, and the script writes nothing but text.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
     from jinja2 import UndefinedError
 
     path = output or folder / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{path}: must end in .html - a page is what is written")
     report = _read_report(folder / "report.json")
     try:
         page = render(report, _read_predictions(folder / "predictions.jsonl"))
@@ -100,7 +103,8 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
         partial.write_bytes(page.encode("utf-8", "replace"))  # lone surrogates cannot be written
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UsageError(f"{path}: cannot be written: {error.strerror} - choose another place") from None
     return path
 
@@ -228,9 +232,7 @@ def _beside_baseline(fig: Figures, task: str) -> Markup | None:
     """How the model compares with the best simple baseline: clearly only if their intervals are apart."""
     from markupsafe import Markup
 
-    found = [
-        (fig.value("baselines", name, task, "accuracy"), name) for name in fig.value("baselines") or {}
-    ]
+    found = [(fig.value("baselines", name, task, "accuracy"), name) for name in fig.value("baselines") or {}]
     known = [(accuracy, name) for accuracy, name in found if accuracy is not None]
     own = fig.value("scores", task, "accuracy")
     if not known or own is None:
@@ -353,7 +355,10 @@ def _browser_row(
         row["speaker"],
         row.get("context") or "",
         row["text"],
-        [t["labels"].index(row["annotated"][t["name"]]) if t["name"] in row["annotated"] else -1 for t in tasks],
+        [
+            t["labels"].index(row["annotated"][t["name"]]) if t["name"] in row["annotated"] else -1
+            for t in tasks
+        ],
         [t["labels"].index(row["predicted"][t["name"]]) for t in tasks],
         [[round(1000 * row["probabilities"][t["name"]][label]) for label in t["labels"]] for t in tasks],
         [slices.setdefault(member, len(slices)) for member in members],
