@@ -63,6 +63,7 @@ def calibration_part() -> dict[str, Any]:
     errors = {"nll": 0.6213, "brier": 0.3127, "ece": 0.0847, "adaptive_ece": 0.0781}
     part = {**errors, "bins": [empty, full], "adaptive_bins": [full]}
     points = [{"coverage": c / 10, "risk": c / 47, "threshold": 1 - c / 11} for c in range(1, 11)]
+    points.insert(0, {"coverage": 0.01, "risk": 0.5, "threshold": 0.99})  # half of very few: off the scale
     return {
         "n": 1234,
         "before": part,
@@ -342,14 +343,14 @@ def test_charts_show_the_reports_points():
         for stack, text in page.texts
         if len(stack) > 1 and stack[-1][0] == "title" and stack[-2][0] == "circle"
     }
-    assert len(points) == len(titles) == 4 * (2 + 10)
+    assert len(points) == len(titles) == 4 * (2 + 11)
     for point in points:
         value = resolve(report, point["data-path"])
         if "bins" in point["data-path"]:
             x, y = value["confidence"], value["accuracy"]
             assert "said 84%, right 77%, 1,107 statements" in titles[point["data-path"]]
         else:
-            x, y = value["coverage"], value["risk"] / 0.4  # the scale ends at the next round share
+            x, y = value["coverage"], min(value["risk"] / 0.4, 1)  # the scale ends at the next round share
             assert f"surest {x:.0%}: {value['risk']:.0%} wrong" == titles[point["data-path"]]
         assert float(point["cx"]) == pytest.approx(40 + 250 * x, abs=0.01)
         assert float(point["cy"]) == pytest.approx(210 - 200 * y, abs=0.01)
@@ -613,9 +614,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.binary_location = str(CHROMIUM)
     for name in (
         "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage",
-        "disable-background-networking", "disable-component-update", "disable-sync", "force-prefers-reduced-motion",
+        "disable-background-networking", "disable-component-update", "disable-sync",
         "force-prefers-reduced-motion",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}", "window-size=1200,900",
     ):  # fmt: skip
         options.add_argument(f"--{name}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -94,17 +94,19 @@ def reliability_diagram(task: str, calibration: Mapping[str, Any]) -> Markup:
 def risk_coverage_curve(task: str, calibration: Mapping[str, Any]) -> Markup:
     """Draw the share of wrong answers among the surest part of the statements, for every such part."""
     points = calibration["risk_coverage"]["points"]
-    worst = max((p["risk"] for p in points), default=0.0)
+    # The surest few statements make a share of nothing or all: they must not set the scale.
+    worst = max((p["risk"] for p in points if p["coverage"] >= 0.1), default=0.0)
     top = next(t for t in (0.1, 0.2, 0.4, 0.6, 0.8, 1.0) if worst <= t)
-    inside = [_line([(_x(p["coverage"]), _y(p["risk"] / top)) for p in points], "after")]
-    for index, p in enumerate(points):
+    places = [(_x(p["coverage"]), _y(min(p["risk"] / top, 1.0))) for p in points]
+    inside = [_line(places, "after")]
+    for index, (p, (x, y)) in enumerate(zip(points, places, strict=True)):
         inside.append(
             Markup(
                 '<circle class="dot" cx="{}" cy="{}" r="2.4" data-path="{}">'
                 "<title>surest {}: {} wrong</title></circle>"
             ).format(
-                _x(p["coverage"]),
-                _y(p["risk"] / top),
+                x,
+                y,
                 pointer("calibration", "tasks", task, "risk_coverage", "points", index),
                 FORMATS["percent"](p["coverage"]),
                 FORMATS["percent"](p["risk"]),

@@ -113,13 +113,12 @@
     fill(get("f-slice"), [["", "any"], ...data.slices.map(([column, value], index) => [index, `${column}: ${value}`])]);
     labelsOf();
     form.hidden = get("rows-box").hidden = false;
-    form.addEventListener("input", (event) => {
-      if (event.target === get("f-task")) {
-        task = Number(event.target.value);
-        labelsOf();
-      }
+    get("f-task").addEventListener("change", (event) => {
+      task = Number(event.target.value);
+      labelsOf();
       choose();
     });
+    for (const kind of ["input", "change"]) form.addEventListener(kind, choose);
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("reset", () => setTimeout(() => {
       get("f-wrong").checked = false;
