@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import ROOT, write_jsonl
 from stance.cli import main
@@ -498,6 +500,27 @@ def test_the_data_block_cannot_end_early():
     assert "\u2028" not in block[1]
     texts = [row[3] for row in json.loads(block[1])["rows"]]
     assert texts[-len(HOSTILE) :] == list(HOSTILE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=()), max_size=30).map(lambda t: t + "<b>&'\""))
+def test_any_text_leaves_the_page_as_it_is_built(text):
+    """Whatever a user's strings are, they add no element and no attribute, and reach the table unchanged."""
+
+    def built(value: str) -> tuple[list[Any], str]:
+        report = small_report((SENTIMENT,))
+        report["model"]["path"] = report["split"] = report["slices"]["columns"]["rule"]["values"][0][
+            "value"
+        ] = value
+        row = prediction(report, 0, text=value, wrong=True) | {"speaker": value, "where": value}
+        page = render(report, [row])
+        shape = [(tag, sorted(attributes)) for tag, attributes in Page(page).elements]
+        return shape, re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+
+    shape, block = built(text)
+    assert shape == built("plain")[0]
+    row = json.loads(block)["rows"][0]
+    assert [row[0], row[1], row[3]] == [text] * 3
 
 
 def test_nothing_is_fetched():
