@@ -23,7 +23,8 @@ from stance.cli import main
 from stance.errors import DataError, UsageError
 from stance.figures import FORMATS, Figures, pointer
 from stance.labels import CONFLICT, DIALOGUE, SENTIMENT, STANCE_TASK
-from stance.report import MOST_ROWS, RULES, render, write_html
+from stance.report import MOST_ROWS, render, write_html
+from stance.verdict import RULES
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='hacked'\">",
@@ -409,6 +410,14 @@ def test_the_verdict_does_not_praise_a_model_no_better_than_counting_words():
     assert "no more than the 73 of the best simple method" in verdict_of(report)
     report["baselines"]["tfidf_lr"]["stance"] = task_scores(report["tasks"][0]["labels"], 0.71)
     assert "somewhat more than the 71" in verdict_of(report)
+
+
+def test_the_verdict_finds_no_weakness_where_all_is_right():
+    report = small_report((SENTIMENT,))
+    report["scores"]["sentiment"]["accuracy"] = 0.6  # every slice is above it, every label found
+    for entry in report["scores"]["sentiment"]["per_class"].values():
+        entry["recall"] = 1.0
+    assert verdict_of(report).endswith("Nothing in these statements shows where it is weakest.")
 
 
 def test_rows_that_were_trained_on_are_warned_of_before_the_verdict():

@@ -14,15 +14,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stance.errors import DataError, UsageError
 from stance.labels import CONFLICT, DIALOGUE, SENTIMENT, STANCE_TASK, Task
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-    from stance.figures import Figures
 
 __all__ = ["MOST_ROWS", "SCHEMA", "render", "write_html"]
 
@@ -31,23 +26,9 @@ SCHEMA = 2
 MOST_ROWS = 10_000
 """The page's table of statements holds no more: a browser on a phone must still open it."""
 MISTAKES = 5
-WEAKEST = 6
 
 _TEMPLATES = Path(__file__).parent / "templates"
-BASELINES = {
-    "majority": "always the commonest label",
-    "tfidf_lr": "word counts (TF-IDF)",
-    "embeddings_lr": "frozen embeddings",
-}
-COLUMNS = {"speaker_given": "speaker given", "rule": "codebook rule"}
 _FIRST = ("register", "rule", "length", "speaker_given", "speaker", "setting")
-RULES = (
-    "Whose position", "Negation and scope", "Conditional offers", "Conditional threats", "Disclaimer and threat",
-    "Ending the fighting", "Slogans", "Own deeds", "Failed talks", "Justice and law", "Calls against an opponent",
-    "Irony", "Speech within speech", "Figures of speech", "Sentiment is tone",
-    "In doubt between a position and none, code none",
-)  # fmt: skip
-"""The titles of the codebook's rules, from 1."""
 LEGEND: Mapping[Task, tuple[str, tuple[str, ...]]] = {
     STANCE_TASK: (
         "Where the speaker stands on the whole. Nobody labels it: it follows from dialogue and conflict.",
@@ -144,6 +125,7 @@ def render(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) 
 
     from stance.charts import reliability_diagram, risk_coverage_curve
     from stance.figures import Figures
+    from stance.verdict import BASELINES, COLUMNS, lowest_pair, value_name, verdict, weakest
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -158,17 +140,17 @@ def render(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) 
         report=report,
         fig=fig,
         verdict=verdict(fig),
-        weakest=_weakest(report),
+        weakest=weakest(report),
         mistakes=_mistakes(report, predictions),
         browser=_browser(report, predictions),
         reliability=reliability_diagram,
         risk_coverage=risk_coverage_curve,
         columns=_columns(report),
-        lowest_pair=lambda task: _lowest_pair(fig, task, "macro_f1"),
+        lowest_pair=lambda task: lowest_pair(fig, task, "macro_f1"),
         legend={name: legend for task in report["tasks"] for name, legend in _legend(task)},
         baseline_names=BASELINES,
         column_name=lambda column: COLUMNS.get(column, column),
-        value_name=lambda column, value: _value_name(report, column, value),
+        value_name=lambda column, value: value_name(report, column, value),
         style=style,
         script=script,
         policy=_policy(style, script),
@@ -194,121 +176,11 @@ def _legend(task: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
         yield task["name"], {"question": known[0], "labels": dict(zip(task["labels"], known[1], strict=True))}
 
 
-def _follows_codebook(report: Mapping[str, Any]) -> bool:
-    return any(task["derived"] for task in report["tasks"])
-
-
-def _value_name(report: Mapping[str, Any], column: str, value: str) -> str:
-    if column == "rule" and _follows_codebook(report) and value.isdecimal() and 0 < int(value) <= len(RULES):
-        return f"{value} {RULES[int(value) - 1]}"
-    return value
-
-
-def verdict(fig: Figures) -> Markup:
-    """Return two plain sentences: how good the model is, and where it is weakest."""
-    from markupsafe import Markup
-
-    return Markup(" ").join([_how_good(fig), _where_weak(fig)])
-
-
-def _how_good(fig: Figures) -> Markup:
-    from markupsafe import Markup
-
-    task = fig.document["headline"]
-    own = ("scores", task, "accuracy")
-    text = Markup("Of every 100 statements the model reads the {} of <strong>{}</strong> rightly").format(
-        "overall stance" if fig.document["tasks"][0]["derived"] else task, fig("of100", *own)
-    )
-    if fig.value("scores", task, "intervals", "accuracy"):
-        text += Markup(" (between {} and {})").format(
-            fig("of100", "scores", task, "intervals", "accuracy", 0),
-            fig("of100", "scores", task, "intervals", "accuracy", 1),
-        )
-    beside = [part for part in (_beside_baseline(fig, task), _beside_annotators(fig, task)) if part]
-    return text + Markup("").join([Markup(", ") + Markup(", and ").join(beside)] if beside else []) + "."
-
-
-def _beside_baseline(fig: Figures, task: str) -> Markup | None:
-    """How the model compares with the best simple baseline: clearly only if their intervals are apart."""
-    from markupsafe import Markup
-
-    found = [(fig.value("baselines", name, task, "accuracy"), name) for name in fig.value("baselines") or {}]
-    known = [(accuracy, name) for accuracy, name in found if accuracy is not None]
-    own = fig.value("scores", task, "accuracy")
-    if not known or own is None:
-        return None
-    best, name = max(known)
-    low = (fig.value("scores", task, "intervals", "accuracy") or [own])[0]
-    high = (fig.value("baselines", name, task, "intervals", "accuracy") or [best, best])[1]
-    word = "clearly more than" if low > high else "somewhat more than" if own > best else "no more than"
-    return Markup("{} the {} of the best simple method, {}").format(
-        word, fig("of100", "baselines", name, task, "accuracy"), BASELINES.get(name, name)
-    )
-
-
-def _lowest_pair(fig: Figures, task: str, figure: str) -> int:
-    """The pair of annotators that agree least, by its place in the report: the careful ceiling."""
-    pairs = fig.value("human", "tasks", task, "pairs") or []
-    known = [(pair[figure], index) for index, pair in enumerate(pairs) if pair[figure] is not None]
-    return min(known)[1] if known else 0
-
-
-def _beside_annotators(fig: Figures, task: str) -> Markup | None:
-    from markupsafe import Markup
-
-    pair = ("human", "tasks", task, "pairs", _lowest_pair(fig, task, "accuracy"), "accuracy")
-    accuracy, own = fig.value(*pair), fig.value("human", "tasks", task, "model", "accuracy")
-    if accuracy is None or own is None:
-        return None
-    word = "fewer than" if own < accuracy else "as many as"
-    return Markup("{} the {} on which two annotators agree").format(word, fig("of100", *pair))
-
-
-def _where_weak(fig: Figures) -> Markup:
-    from markupsafe import Markup
-
-    task, report = fig.document["headline"], fig.document
-    per_class = report["scores"][task]["per_class"]
-    recalls = [(entry["recall"], label) for label, entry in per_class.items() if entry["support"]]
-    parts = []
-    if recalls:
-        label = min(recalls)[1]
-        found = fig("of100", "scores", task, "per_class", label, "recall")
-        parts.append(Markup("for the label “<bdi>{}</bdi>” (finds {} of 100)").format(label, found))
-    for column, index, value in _weakest(report)[:1]:
-        right = fig("of100", "slices", "columns", column, "values", index, "scores", task, "accuracy")
-        name, shown = COLUMNS.get(column, column), _value_name(report, column, value)
-        parts.append(Markup("for the {} “<bdi>{}</bdi>” ({} of 100 right)").format(name, shown, right))
-    if fig.value("groups", "contrast"):
-        right, number = (fig("count", "groups", "contrast", key) for key in ("right", "n"))
-        parts.append(
-            Markup("for small changes of wording ({} of {} groups wholly right)").format(right, number)
-        )
-    if not parts:
-        return Markup("Nothing in these statements shows where it is weakest.")
-    listed = Markup(", ").join(parts[:-1]) + (Markup(" and ") if parts[1:] else Markup("")) + parts[-1]
-    return Markup("It is weakest {}.").format(listed)
-
-
 def _columns(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The columns of slices in reading order: what a statement is before where it comes from."""
     columns = report["slices"]["columns"]
     order = [c for c in _FIRST if c in columns] + [c for c in columns if c not in _FIRST]
     return [(column, columns[column]) for column in order]
-
-
-def _weakest(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """The slices, not small, with the fewest right answers: column, index in it and value.
-
-    By accuracy: macro-F1 drops steeply in a slice that lacks a label, which says nothing about the model.
-    """
-    found = []
-    for column, part in report["slices"]["columns"].items():
-        for index, entry in enumerate(part["values"]):
-            score = entry["scores"].get(report["headline"], {})
-            if not entry["small"] and score.get("accuracy") is not None:
-                found.append((score["accuracy"], column, index, entry["value"]))
-    return [(column, index, value) for _, column, index, value in sorted(found)[:WEAKEST]]
 
 
 def _mistakes(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -327,6 +199,8 @@ def _browser(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
 
     Of too many rows, the wrong ones come first, then those of which the model was least sure.
     """
+    from stance.verdict import COLUMNS, value_name
+
     order: list[int] = list(range(len(predictions)))
     if len(order) > MOST_ROWS:
         task = report["headline"]
@@ -339,7 +213,7 @@ def _browser(report: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
     return {
         "tasks": [{"name": t["name"], "labels": t["labels"]} for t in report["tasks"]],
         "slices": [
-            [COLUMNS.get(column, column), _value_name(report, column, value)] for column, value in slices
+            [COLUMNS.get(column, column), value_name(report, column, value)] for column, value in slices
         ],
         "rows": rows,
         "all": len(predictions),
