@@ -202,6 +202,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.labels import DEFAULT_TASKS, derives_stance
     from stance.provenance import identify
     from stance.records import expand_files
+    from stance.report import write_html
     from stance.run_card import write_card
     from stance.training import load_parts
 
@@ -230,6 +231,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
         [str(p) for p in classifier.predict(EXAMPLES)] if derives_stance(config.task_list) else []
     )
     write_report(report, folder)
+    write_html(folder)
     write_card(result.output_dir, report)
     return report
 
@@ -460,6 +462,7 @@ def evaluate(
     from stance.inference import load
     from stance.provenance import identify, seed_folders
     from stance.records import expand_files
+    from stance.report import write_html
     from stance.run_card import write_card
 
     if output is not None and (output / "report.json").exists() and not force:
@@ -487,6 +490,7 @@ def evaluate(
         report["behaviour"] = run_suite(classifier, cases)
     if output is not None:
         write_report(report, output)
+        write_html(output)
     if card:
         write_card(first, report)
     if format is TextOrJson.json:
@@ -699,6 +703,23 @@ class OnError(StrEnum):
     fail = "fail"
     skip = "skip"
     null = "null"
+
+
+@app.command(name="report", epilog=_EPILOG)
+def make_report(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="REPORT_DIR", help="The folder that 'stance evaluate -o' wrote."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write the page; default: REPORT_DIR/report.html."),
+    ] = None,
+) -> None:
+    """Make the HTML page of a report anew, from its report.json and predictions.jsonl."""
+    from stance.report import write_html
+
+    say(f"wrote {write_html(folder, output)}")
 
 
 @app.command(epilog=_EPILOG)
