@@ -18,7 +18,7 @@ import pytest
 from conftest import corpus_rows
 from stance import backends, load
 from stance.backends import TorchBackend, is_out_of_memory, open_backend
-from stance.checkpoint import check_model_folder
+from stance.checkpoint import check_model_folder, write_manifest
 from stance.encoding import PairEncoder
 from stance.errors import CheckpointError, StanceError, UsageError
 
@@ -65,8 +65,17 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.onnx.export(
         Logits().eval(), example, folder / "onnx" / "model.onnx", input_names=names,
         output_names=["logits"], dynamic_shapes=(sizes,) * len(names), dynamo=True, verbose=False,
+        external_data=False,
     )  # fmt: skip
+    list_graphs(folder)
     return folder
+
+
+def list_graphs(folder: Path) -> None:
+    """Put the graphs as they stand into the manifest."""
+    graphs = [f"{p.parent.name}/{p.name}" for part in ("onnx", "openvino") for p in (folder / part).iterdir()]
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    write_manifest(folder, {*listed, *graphs})
 
 
 def meta_of(folder: Path, **exports: tuple[str, str]) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_a_head_of_another_size_is_refused(folder):
         config["id2label"] = {k: v for k, v in config["id2label"].items() if int(k) < 6}
 
     edit(folder, "config.json", seven)
-    edit(folder, "stance.json", lambda m: m["tasks"].pop())
+    edit(folder, "stance.json", lambda m: m["temperatures"].pop(m["tasks"].pop()["name"]))
     refuses(folder, r"classifier of shape \[9, 32\] for 6 labels")
 
 

@@ -29,6 +29,7 @@ from stance.inference import load
 from stance.labels import CONFLICT, DEFAULT_TASKS, DIALOGUE, SENTIMENT
 from stance.model import StanceConfig, StanceForSequenceClassification, build_model
 from stance.stock import STOCK_ENCODERS, one_task_classifier
+from stance.template import segments
 from test_model import FAMILIES, make_tokenizer
 
 NAMES = [f"{t.name}:{label}" for t in DEFAULT_TASKS for label in t.labels]
@@ -151,11 +152,9 @@ def test_a_plain_pipeline_prints_favor_with_our_probabilities(trained, tmp_path)
         "pairs = json.loads(sys.argv[2])\n"
         "print(json.dumps([p({'text': a, 'text_pair': b}, truncation=True) for a, b in pairs]))\n"
     )
-    found = json.loads(in_clean_process(code, tmp_path / "stock", json.dumps(PAIRS)).splitlines()[-1])
-    source = load(trained)
-    logits = source.predict_proba(PAIRS)["dialogue"]
-    want = np.log(logits) / 1.7
-    want = np.exp(want) / np.exp(want).sum(axis=1, keepdims=True)
+    marked = [segments(speaker, "", text, mark_speaker=True) for speaker, text in PAIRS]
+    found = json.loads(in_clean_process(code, tmp_path / "stock", json.dumps(marked)).splitlines()[-1])
+    want = load(model, exact=True).predict_proba(PAIRS)["dialogue"]
     assert {entry["label"] for entry in found[0]} == {"favor", "none", "against"}
     for row, expected in zip(found, want, strict=True):
         values = {e["label"]: e["score"] for e in row}
@@ -221,12 +220,14 @@ def test_onnx_runs_without_torch_and_agrees(onnx_folder):
 
 
 def test_the_graphs_logits_are_the_models(trained, onnx_folder):
-    probabilities = load(trained).predict_proba(PAIRS)
+    probabilities = load(trained, exact=True).predict_proba(PAIRS)
     tokenizer = AutoTokenizer.from_pretrained(onnx_folder)
-    batch = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="np")
+    marked = [segments(speaker, "", text, mark_speaker=True) for speaker, text in PAIRS]
+    batch = tokenizer(*map(list, zip(*marked, strict=True)), padding=True, return_tensors="np")
     logits = run_onnx(onnx_folder / "onnx/model.onnx")(dict(batch))
+    temperatures = json.loads((trained / "stance.json").read_text())["temperatures"]
     for i, task in enumerate((DIALOGUE, CONFLICT, SENTIMENT)):
-        part = np.exp(logits[:, 3 * i : 3 * i + 3])
+        part = np.exp(logits[:, 3 * i : 3 * i + 3] / temperatures[task.name])
         np.testing.assert_allclose(part / part.sum(1, keepdims=True), probabilities[task.name], atol=1e-5)
 
 
