@@ -16,6 +16,8 @@ import yaml
 
 from conftest import ROOT, corpus_rows, write_jsonl
 from stance.config import Config, load_config
+from stance.export import export
+from stance.labels import DIALOGUE, STANCES
 from stance.records import read_records
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -105,10 +107,18 @@ def test_the_readmes_commands_run(workplace, tiny_encoder):
 
 @pytest.mark.slow
 def test_the_readmes_python_runs(workplace):
-    (code,) = blocks("python")
+    """All blocks, in order, as one session; the export of the README's command is there."""
+    if not (workplace / "exports" / "dialogue").exists():
+        export(
+            workplace / "runs/default", workplace / "exports/dialogue", format="transformers", task="dialogue"
+        )
+    code = "\n".join(blocks("python"))
     result = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 2
+    *_, mapped, piped = result.stdout.splitlines()
+    assert len(result.stdout.splitlines()) == 4
+    assert mapped in STANCES
+    assert any(f"'{label}'" in piped for label in DIALOGUE.labels)
 
 
 def test_the_readmes_row_is_an_annotation():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "Backend", "is_out_of_memory", "open_backend", "parity"]
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
-MAX_FLIPS = 0.01
+MAX_FLIPS = 0.005
 """At most this share of the parity set's labels may differ from fp32's."""
 MAX_DIFFERENCE = 0.01
 """At most this much may its probabilities differ from fp32's, on average."""
