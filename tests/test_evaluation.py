@@ -24,10 +24,10 @@ from stance.cli import main
 from stance.dataset import label_ids
 from stance.errors import UsageError
 from stance.evaluation import evaluate, human_scores, score_baselines, seed_scores, table
-from stance.labels import DEFAULT_TASKS, STANCE_TASK, Task
+from stance.labels import DEFAULT_TASKS, SENTIMENT, STANCE_TASK, Task
 from stance.metrics import scored_tasks, scores_of_all, with_stance
+from stance.modelcard import model_card, write_card
 from stance.provenance import seed_folders, statement_key, trained_on
-from stance.run_card import run_card, write_card
 from stance.slices import slice_scores, slices_of
 
 
@@ -434,14 +434,45 @@ def test_the_card_says_what_the_report_says(report, trained, tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_a_card_without_the_optional_parts(classifier, trained):
+def test_a_card_without_the_optional_parts(classifier):
     small = evaluate(classifier, [Statement("we will meet", labels={"dialogue": "favor"})], ablation=False)
-    assert "| dialogue | 1.000" in run_card(trained, small) or "| dialogue | 0.000" in run_card(
-        trained, small
+    text = model_card("small", classifier.meta, small)
+    assert "| dialogue | 1.000" in text or "| dialogue | 0.000" in text
+    assert "| conflict |" not in text  # not one row has a label of it
+    assert "## Figures" not in model_card("bare", classifier.meta)
+
+
+def test_a_card_says_which_marks_the_model_reads(classifier, report):
+    marked = model_card("x", classifier.meta | {"mark_speaker": True}, report)
+    assert "but | Marok | refused." in marked
+    assert "stance/template.py" in marked
+    for meta in (
+        classifier.meta | {"mark_speaker": False},
+        {k: v for k, v in classifier.meta.items() if k != "mark_speaker"},  # folders of earlier versions
+    ):
+        plain = model_card("x", meta, report)
+        assert "| Marok |" not in plain
+        assert "with no marks where it names the speaker" in plain
+
+
+def test_a_card_of_one_task_speaks_of_no_other(classifier, report):
+    kept = {k: v for k, v in classifier.meta.items() if k != "temperatures"}  # as export leaves them out
+    meta = kept | {"tasks": [{"name": "sentiment", "labels": list(SENTIMENT.labels)}]}
+    text = model_card("tone", meta, full(report, None))
+    metrics = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"][0]["metrics"]
+    assert {m["name"] for m in metrics} == {
+        "Macro-F1 (sentiment)", "Accuracy (sentiment)", "Matthews correlation (sentiment)",
+    }  # fmt: skip
+    assert not any(
+        f"{name}**" in text or f"| {name} |" in text for name in ("stance", "dialogue", "conflict")
     )
+    assert not any(f"- {name}: expected" in text for name in ("stance", "dialogue", "conflict"))
+    assert "texts asked about two or more speakers" not in text
+    drop = report["speaker"]["conditions"]["masked"]["drop"]["sentiment"]["macro_f1"]
+    assert f"the macro-F1 of sentiment changes by {-drop:+.3f}" in text
 
 
-def test_a_users_words_stay_words_in_the_card(classifier, trained):
+def test_a_users_words_stay_words_in_the_card(classifier):
     hostile = "<img src=x onerror=alert(1)> | `x`\n# heading"
     made = [
         Statement(
@@ -449,9 +480,11 @@ def test_a_users_words_stay_words_in_the_card(classifier, trained):
         )
         for register in [hostile, "council"] * 30
     ]
-    text = run_card(trained, evaluate(classifier, made, ablation=False))
+    text = model_card(hostile, classifier.meta, evaluate(classifier, made, ablation=False))
     assert "Weakest register: " in text
     worst = [line for line in text.splitlines() if line.startswith("- Weakest register")]
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == hostile.replace("\n", " ")
+    text = text.split("---\n", 2)[2]
     assert "<img" not in text
     assert "\n# heading" not in text
     assert len(worst) == 1

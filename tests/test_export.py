@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,15 +21,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import stance.export as export_module
 import stance.graphs as graphs
 from conftest import ROOT, corpus_rows, write_jsonl
+from stance.annotations import load_statements
 from stance.checkpoint import check_model_folder, sha256, write_json, write_manifest
 from stance.cli import main
 from stance.errors import CheckpointError, ExportError, StanceError, UsageError
+from stance.evaluation import evaluate, write_report
 from stance.export import describe, export, push_to_hub
 from stance.gate import Evidence, check, gate_table, random_batches
 from stance.graphs import run_onnx, run_openvino, run_torch
 from stance.inference import load
 from stance.labels import CONFLICT, DEFAULT_TASKS, DIALOGUE, SENTIMENT
 from stance.model import StanceConfig, StanceForSequenceClassification, build_model
+from stance.provenance import identify
 from stance.stock import STOCK_ENCODERS, one_task_classifier
 from stance.template import segments
 from test_model import FAMILIES, make_tokenizer
@@ -499,21 +504,70 @@ def test_data_that_changed_since_is_not_taken_for_validation(trained, tmp_path):
     assert any("the annotated files have changed since" in line for line in lines)
 
 
-def test_the_model_card_says_what_it_is(trained, tmp_path):
+@pytest.fixture(scope="module")
+def reported(trained, tmp_path_factory) -> Path:
+    """The trained model, calibrated, with a report of its own beside it."""
+    model = tmp_path_factory.mktemp("reported") / "model"
+    shutil.copytree(trained, model)
+    meta = json.loads((model / "stance.json").read_text()) | {"temperatures": {"dialogue": 1.7}}
+    write_json(model / "stance.json", meta)
+    write_manifest(model, json.loads((model / "manifest.json").read_text())["files"])
+    data = write_jsonl(model.parent / "rows.jsonl", corpus_rows(40, seed=2))
+    statements = load_statements([str(data)], DEFAULT_TASKS)
+    report = evaluate(load(model, exact=True), statements, ablation=False)
+    write_report(identify(report, model, statements, DEFAULT_TASKS, [str(data)], "test"), model / "report")
+    return model
+
+
+def test_the_model_card_says_what_it_is(reported, tmp_path):
     import yaml
 
-    model = tmp_path / "model"
-    shutil.copytree(trained, model)
-    (model / "report").mkdir(exist_ok=True)
-    scores = {"dialogue": {"n": 7, "macro_f1": 0.81234, "accuracy": 0.9, "mcc": None}}
-    (model / "report/report.json").write_text(json.dumps({"split": "test", "n": 7, "scores": scores}))
-    export(model, tmp_path / "x", format="transformers", task="dialogue")
+    export(reported, tmp_path / "x", format="transformers", task="dialogue")
     text = (tmp_path / "x/README.md").read_text()
     head = yaml.safe_load(text.split("---\n")[1])
-    assert head["pipeline_tag"] == "text-classification"
-    assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.8123
-    assert "| dialogue | 0.812 | 0.900 | - |" in text
-    assert 'classify({"text": "the envoy"' in text
+    assert (head["pipeline_tag"], head["library_name"]) == ("text-classification", "transformers")
+    entry = json.loads((reported / "report/report.json").read_text())["scores"]["dialogue"]
+    found = head["model-index"][0]["results"][0]["metrics"][0]
+    assert (found["name"], found["value"]) == ("Macro-F1 (dialogue)", round(entry["macro_f1"], 4))
+    assert f"| dialogue | {entry['macro_f1']:.3f} [" in text
+    assert "40 statements of the test split, scored with the fp32 checkpoint" in text
+    assert "divided by 1.70, a temperature fitted on validation; it is in the weights" in text
+    assert "| `model.safetensors` | max logit difference, random batches |" in text
+
+
+def test_the_code_in_a_one_task_card_runs_and_gives_our_label(trained, tmp_path):
+    export(trained, tmp_path / "x", format="transformers", task="dialogue")
+    code = re.findall(r"```python\n(.*?)```", (tmp_path / "x/README.md").read_text(), flags=re.DOTALL)[-1]
+    assert "but | Marok | refused." in code
+    printed = in_clean_process(code.replace("path/to/this/folder", str(tmp_path / "x"))).splitlines()[-1]
+    found = ast.literal_eval(printed)
+    pair = ("General Marok", "The envoy asked for a truce, but Marok refused.")
+    ours = load(trained, exact=True).predict([pair])[0]
+    assert found["label"] == ours.labels["dialogue"]
+    assert found["score"] == pytest.approx(ours.probabilities["dialogue"][found["label"]], abs=1e-5)
+
+
+def test_the_card_of_a_graph_says_what_goes_in_and_comes_out(onnx_folder):
+    text = (onnx_folder / "README.md").read_text()
+    assert "library_name: onnx" in text
+    assert "The graph in `onnx/model.onnx` takes `input_ids`" in text
+    assert "gives `logits` [batch, 9]" in text
+    assert "its temperature (dialogue 1.7, conflict 0.6)" in text
+    assert "but | Marok | refused." in text
+
+
+@pytest.mark.parametrize("change", [{"schema": 1}, {"model": {"sha256": "0" * 64}}, None])
+def test_figures_of_another_model_or_version_are_not_put_into_the_card(reported, tmp_path, change):
+    model = shutil.copytree(reported, tmp_path / "model")
+    path = model / "report/report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) if change else "{")
+    lines: list[str] = []
+    export(model, tmp_path / "x", format="transformers", log=lines.append)
+    assert any("no figures in the model card" in line for line in lines)
+    text = (tmp_path / "x/README.md").read_text()
+    assert "model-index" not in text
+    assert "## Figures" not in text
+    assert "## Beside the fp32 checkpoint" in text
 
 
 def test_verify_says_what_a_folder_is(trained, onnx_folder, capsys, tmp_path):

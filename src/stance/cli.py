@@ -200,10 +200,10 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.evaluation import EXAMPLES, SCHEMA, evaluate, score_baselines, write_report
     from stance.inference import load
     from stance.labels import DEFAULT_TASKS, derives_stance
+    from stance.modelcard import write_card
     from stance.provenance import identify
     from stance.records import expand_files
     from stance.report import write_html
-    from stance.run_card import write_card
     from stance.training import load_parts
 
     folder = result.output_dir / "report"
@@ -460,10 +460,10 @@ def evaluate(
     from stance.evaluation import evaluate as run_evaluation
     from stance.evaluation import seed_scores, write_report
     from stance.inference import load
+    from stance.modelcard import write_card
     from stance.provenance import identify, seed_folders
     from stance.records import expand_files
     from stance.report import write_html
-    from stance.run_card import write_card
 
     if output is not None and (output / "report.json").exists() and not force:
         raise UsageError(f"{output}: holds a report already - replace it with --force or choose another")

@@ -32,7 +32,7 @@ from stance.checkpoint import (
 from stance.errors import CheckpointError, ConfigError, DataError, ExportError, StanceError, UsageError
 from stance.gate import Evidence, Finding, check, gate_table, random_batches
 from stance.labels import CODEBOOK_VERSION, Task, derives_stance
-from stance.modelcard import model_card
+from stance.modelcard import Export, model_card
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class _Source:
     tokenizer: Any
     inputs: list[str]
     evidence: Evidence
+    temperature: float | None = None
+    """That of the one task, if it has one: it is in the weights."""
     findings: dict[str, list[Finding]] = field(default_factory=dict)
 
 
@@ -116,7 +118,7 @@ def export(
     try:
         staging.chmod(0o755)
         _WRITERS[format](source, staging, int8, log)
-        _write_common(source, staging, format)
+        _write_common(source, staging, format, log)
         check_model_folder(staging)
         _put_in_place(staging, output)
     except OSError as error:
@@ -161,7 +163,7 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     meta, tasks = check_model_folder(folder)
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{folder}: holds no {WEIGHTS}, only an export - give the run it was made from")
-    chosen = _chosen_task(task, tasks)
+    chosen, fitted = _chosen_task(task, tasks), None
     import torch
 
     from stance.graphs import run_torch
@@ -178,7 +180,8 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     if chosen is not None:
         from stance.stock import one_task_classifier
 
-        temperature = float(meta.get("temperatures", {}).get(chosen.name, 1.0))
+        fitted = meta.get("temperatures", {}).get(chosen.name)
+        temperature = 1.0 if fitted is None else float(fitted)
         part, whole = task_slices(tasks)[chosen.name], run
         run = lambda batch: whole(batch)[:, part] / temperature  # noqa: E731
         with torch.random.fork_rng():  # the stock class starts from random weights, all replaced
@@ -192,7 +195,7 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     pad = tokenizer.pad_token_id or 0
     random = random_batches(int(encoder["vocab_size"]), meta["max_length"], pad, inputs)
     evidence = Evidence.of(run, batches, random, label_ids([rows[i] for i in order], tasks))
-    return _Source(folder, meta, tasks, model, tokenizer, inputs, evidence)
+    return _Source(folder, meta, tasks, model, tokenizer, inputs, evidence, fitted)
 
 
 def _chosen_task(name: str | None, tasks: Sequence[Task]) -> Task | None:
@@ -407,15 +410,15 @@ def _write_tokenizer(source: _Source, folder: Path) -> None:
     source.tokenizer.save_pretrained(folder)
 
 
-def _write_common(source: _Source, folder: Path, format: str) -> None:
+def _write_common(source: _Source, folder: Path, format: str, log: Log) -> None:
     meta = {**source.meta, "exported": {"format": format}}
     if derives_stance([Task(t["name"], tuple(t["labels"])) for t in meta["tasks"]]):
         meta.setdefault("codebook", CODEBOOK_VERSION)
     if Path(str(meta.get("encoder", ""))).is_absolute():
         meta["encoder"] = Path(meta["encoder"]).name  # a path of this machine tells others nothing
     write_json(folder / STANCE_FILE, meta)
-    report = _report(source.folder)
-    card = model_card(meta, source.tasks, format, report, source.findings)
+    beside = Export(format, source.findings, source.temperature)
+    card = model_card("stance", meta, _report(source.folder, log), beside)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for place in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
         for path in place.iterdir():
@@ -425,12 +428,21 @@ def _write_common(source: _Source, folder: Path, format: str) -> None:
         _sync(place)
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
-    """The run's own report, if it is there and can be read."""
-    try:
-        return read_json(folder / "report", "report.json")
-    except CheckpointError:
+def _report(folder: Path, log: Log) -> dict[str, Any] | None:
+    """The run's own report for the card; None if it is not there, or not of these weights."""
+    from stance.evaluation import SCHEMA
+
+    if not (folder / "report" / "report.json").is_file():
         return None
+    try:
+        report = read_json(folder / "report", "report.json")
+        weights = read_json(folder, MANIFEST)["files"][WEIGHTS]["sha256"]
+        if report.get("schema") != SCHEMA or report.get("model", {}).get("sha256") != weights:
+            raise CheckpointError("of other weights or another version")
+    except CheckpointError as error:
+        log(f"{folder}: no figures in the model card, as report/report.json cannot be used: {error}")
+        return None
+    return report
 
 
 def _put_in_place(staging: Path, output: Path) -> None:
