@@ -131,8 +131,8 @@ def describe(statements: Sequence[Statement]) -> dict[str, Any]:
         "n": len(statements),
         "words_median": statistics.median(lengths),
         "words_10_90": [deciles[0], deciles[-1]],
-        "readability_flesch_median": statistics.median(
-            textstat.flesch_reading_ease(s.text) for s in statements
+        "readability_ari_median": statistics.median(
+            textstat.automated_readability_index(s.text) for s in statements
         ),
         **{name: sum(bool(test(s)) for s in statements) / len(statements) for name, test in share.items()},
         "stance": {k: v / len(statements) for k, v in sorted(Counter(map(stance, statements)).items())},
