@@ -26,6 +26,7 @@ __all__ = ["Export", "model_card", "write_card"]
 
 _METRICS = {"macro_f1": ("f1", "Macro-F1"), "accuracy": ("accuracy", "Accuracy"),
             "mcc": ("matthews_correlation", "Matthews correlation"), "f_avg": ("f1", "F1 mean of favor and against")}  # fmt: skip
+_SOFTMAX = "the softmax over its logits divided by its temperature"
 _EXAMPLE = ("General Marok", "", "The envoy asked for a truce, but Marok refused.")
 
 
@@ -190,9 +191,6 @@ def _use(meta: Mapping[str, Any], own: Sequence[Task], export: Export | None) ->
         'print(model.predict([("the envoy", "We shall meet on Monday.")])[0])\n```\n\n'
         f"{own_way}"
     )
-
-
-_SOFTMAX = "the softmax over its logits divided by its temperature"
 
 
 def _use_of_a_pipeline(meta: Mapping[str, Any]) -> str:

@@ -1,0 +1,153 @@
+"""``stance train``: train, evaluate on the held-out split, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stance.cli.evaluation import print_groups, print_means
+from stance.cli.options import SetOption, say
+from stance.errors import UsageError
+
+if TYPE_CHECKING:
+    from stance.config import Config
+    from stance.training import TrainingResult
+
+__all__ = ["train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config, as configs/default.yaml.")],
+    overrides: SetOption = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "-o", help="The run folder; default: the config's."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train this many seeds and report mean and deviation.")
+    ] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the run that is in the run folder.")
+    ] = False,
+    baselines: Annotated[
+        bool, typer.Option(help="Fit the baselines on the same split for the closing table.")
+    ] = True,
+) -> None:
+    """Train a model, evaluate it on the held-out test split and print a short table."""
+    from stance.config import load_config
+
+    if resume and force:
+        raise UsageError("--resume and --force exclude each other - choose one")
+    changes = list(overrides or [])
+    if output_dir is not None:
+        changes.append(f"output_dir={json.dumps(str(output_dir))}")
+    loaded = load_config(config, changes)
+    if seeds == 1:
+        _train_one(loaded, resume=resume, force=force, baselines=baselines)
+        return
+    results = {}
+    for seed in range(loaded.training.seed, loaded.training.seed + seeds):
+        one = loaded.model_copy(
+            update={
+                "training": loaded.training.model_copy(update={"seed": seed}),
+                "output_dir": str(Path(loaded.output_dir) / f"seed-{seed}"),
+            }
+        )
+        say(f"--- seed {seed} ---")
+        results[seed] = _train_one(one, resume=resume, force=force, baselines=baselines)
+    _print_seeds(results, Path(loaded.output_dir))
+
+
+def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) -> dict[str, Any]:
+    """Train, evaluate on the test split (validation if there is none), print, return the report."""
+    from stance.training import train as run_training
+
+    result = run_training(config, resume=resume, force=force, log=say)
+    report = _held_out_report(config, result, baselines=baselines)
+    from stance.evaluation import table
+
+    print(f"\n{report['split']} split, {report['n']} statements\n")
+    print(table(report["scores"], report.get("baselines")))
+    print_groups(report)
+    print_means(report)
+    behaviour = report.get("behaviour")
+    if behaviour:
+        print(
+            f"behavioural cases passed: {behaviour['passed']} of {behaviour['n']} ({behaviour['rate']:.0%})"
+        )
+    if report["examples"]:
+        print("\nexamples")
+        print("\n".join(f"  {line}" for line in report["examples"]))
+    print(f"\nmodel: {result.output_dir}")
+    return report
+
+
+def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool) -> dict[str, Any]:
+    from stance.behaviour import find_suite, load_suite, run_suite
+    from stance.bootstrap import make_clusters
+    from stance.evaluation import EXAMPLES, SCHEMA, evaluate, score_baselines, write_report
+    from stance.inference import load
+    from stance.labels import DEFAULT_TASKS, derives_stance
+    from stance.modelcard import write_card
+    from stance.provenance import identify
+    from stance.records import expand_files
+    from stance.report import write_html
+    from stance.training import load_parts
+
+    folder = result.output_dir / "report"
+    stored = folder / "report.json"
+    if stored.is_file():
+        report: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+        if report.get("schema") == SCHEMA and (not baselines or "baselines" in report):
+            return report
+    parts = load_parts(config)
+    split = "test" if parts["test"] else "validation"
+    classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto", exact=True)
+    clusters = make_clusters(parts[split])
+    report = identify(
+        evaluate(classifier, parts[split], clusters=clusters),
+        result.output_dir, parts[split], config.task_list, expand_files(config.data.files), split,
+    )  # fmt: skip
+    if baselines:
+        say("fitting the baselines on the same split")
+        report["baselines"] = score_baselines(
+            parts["train"], parts[split], config.task_list, encoder=config.model.encoder, clusters=clusters
+        )
+    if find_suite() and set(DEFAULT_TASKS) <= set(config.task_list):
+        report["behaviour"] = run_suite(classifier, load_suite())
+    report["examples"] = (
+        [str(p) for p in classifier.predict(EXAMPLES)] if derives_stance(config.task_list) else []
+    )
+    write_report(report, folder)
+    write_html(folder)
+    write_card(result.output_dir, report)
+    return report
+
+
+def _print_seeds(results: dict[int, dict[str, Any]], folder: Path) -> None:
+    import statistics
+
+    from stance.checkpoint import write_json
+
+    reports = list(results.values())
+    summary: dict[str, Any] = {"seeds": list(results), "scores": {}}
+    print(f"\n{len(reports)} seeds: mean and standard deviation of {reports[0]['split']} figures")
+    for task, first in reports[0]["scores"].items():
+        entry = {}
+        for figure in ("macro_f1", "accuracy", "mcc", "f_avg"):
+            values = [r["scores"][task].get(figure) for r in reports]
+            if figure in first and None not in values:
+                entry[figure] = {
+                    "mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values,
+                }  # fmt: skip
+        summary["scores"][task] = entry
+        shown = ", ".join(f"{k} {v['mean']:.3f} ± {v['stdev']:.3f}" for k, v in entry.items())
+        print(f"  {task}: {shown}")
+    write_json(folder / "seeds.json", summary)
