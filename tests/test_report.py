@@ -473,6 +473,22 @@ def test_one_learnt_task_is_enough():
     assert "Its probabilities were never calibrated" in page
 
 
+def test_figures_without_an_interval_still_render():
+    """Slices, annotators and the speaker's rows have none where they lie in few clusters."""
+    report = json.loads(json.dumps(full_report()))  # nothing shared
+    parts = [
+        v["scores"][t] for c in report["slices"]["columns"].values() for v in c["values"] for t in v["scores"]
+    ]
+    parts += [p for entry in report["human"]["tasks"].values() for p in [*entry["pairs"], entry["model"]]]
+    parts += [s for c in report["speaker"]["conditions"].values() for s in c["scores"].values()]
+    for part in parts:
+        assert part.pop("interval", None) or not part["n"]
+        part["interval"] = None
+    page = render(report, predictions_of(report))
+    Page(page)
+    assert "fewer than five values of" in page
+
+
 def test_nothing_annotated_of_the_headline_still_renders():
     report = small_report()
     entry = report["scores"]["stance"]
