@@ -157,6 +157,7 @@ def test_a_wrong_label_is_found(trained, tmp_path, capsys):
     for row in rows:
         if row["id"] in turned:
             row["conflict"] = "against" if row["conflict"] != "against" else "favor"
+            row["speaker"] = f"=HYPERLINK({row['id']})"
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "doubt.csv"
     code, text, err = call(capsys, "audit", trained, data, "-o", out, "--format", "json")
@@ -170,6 +171,9 @@ def test_a_wrong_label_is_found(trained, tmp_path, capsys):
         assert row["annotated"] != row["suggested"]
         assert row["quality"] < row["probability"]
     lines = out.read_text().splitlines()
+    linked = [line for line in lines if "HYPERLINK" in line]
+    assert linked
+    assert all(",'=HYPERLINK(" in line for line in linked)  # a spreadsheet runs nothing
     assert lines[0] == "task,where,id,speaker,text,annotated,suggested,quality,probability"
     assert len(lines) == 1 + sum(t["doubted"] for t in result["tasks"].values())
 
