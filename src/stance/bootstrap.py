@@ -118,7 +118,7 @@ class Clusters:
 
 def _counted(y_true: IntArray, rows: NDArray[Any] | None) -> NDArray[np.bool_]:
     annotated = y_true != NOT_ANNOTATED
-    return annotated if rows is None else annotated & rows
+    return annotated if rows is None else annotated & np.asarray(rows, dtype=bool)
 
 
 def make_clusters(
