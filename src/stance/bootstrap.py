@@ -117,7 +117,7 @@ class Clusters:
 
 
 def _counted(y_true: IntArray, rows: NDArray[Any] | None) -> NDArray[np.bool_]:
-    annotated = y_true != NOT_ANNOTATED
+    annotated: NDArray[np.bool_] = y_true != NOT_ANNOTATED
     return annotated if rows is None else annotated & np.asarray(rows, dtype=bool)
 
 
