@@ -115,6 +115,10 @@ def test_rates_by_capability_the_worst_first_with_every_failure(tmp_path):
         ),
         ({"type": "INV", "text": "a"}, "variants must be given"),
         ({"type": "INV", "text": "a", "variants": [{"txt": "b"}]}, "variants must be a list of objects"),
+        (
+            {"type": "INV", "text": "a", "expect": [["dialogue"]], "variants": [{"text": "b"}]},
+            "expect must be a list of tasks",
+        ),
         ({"type": "DIR", "text": "a", "expect": {"lean": "left"}, "variants": [{"text": "b"}]}, "up or down"),
         ({"type": "DIR", "text": "a", "expect": {"mood": "up"}, "variants": [{"text": "b"}]}, "got 'mood'"),
         ({"type": "MFT", "text": "a", "expects": {"dialogue": "favor"}}, "did you mean 'expect'"),

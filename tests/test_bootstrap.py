@@ -43,9 +43,12 @@ def test_each_resample_is_the_scores_of_its_rows(pairs, seed):
     names, index = np.unique(cluster, return_inverse=True)
     clusters = Clusters("setting", index, len(names), resamples=5, seed=seed)
     draws = clusters.figures(true, pred, DIALOGUE.labels)
+    seen = [label for i, label in enumerate(DIALOGUE.labels) if i in {*true[annotated], *pred[annotated]}]
     for i, weights in enumerate(clusters.weights.astype(int)):
         drawn = np.repeat(np.arange(len(true)), weights[index])
         wanted = scores(true[drawn], pred[drawn], DIALOGUE.labels)
+        if wanted["n"]:  # the mean is over the labels of the sample, not of the resample
+            wanted["macro_f1"] = np.mean([wanted["per_class"][label]["f1"] for label in seen])
         for name in ("accuracy", "macro_f1", "mcc"):
             if wanted["n"]:
                 assert draws[name][i] == pytest.approx(wanted[name]), name
@@ -54,13 +57,37 @@ def test_each_resample_is_the_scores_of_its_rows(pairs, seed):
 
 
 def test_rows_outside_the_mask_do_not_count():
-    clusters = make_clusters(rows(*"abcdefgh"))
-    true, pred = np.array([0, 1, 2, 0, 1, 2, 0, 1]), np.array([0, 1, 2, 0, 2, 1, 2, 0])
-    mask = np.arange(8) < 4
+    clusters = make_clusters(rows(*"abcdefghij"))
+    true, pred = np.array([0, 0, 0, 0, 0, 0, 1, 2, 0, 1]), np.array([0, 0, 0, 0, 0, 0, 2, 1, 2, 0])
+    mask = np.arange(10) < 6
     assert np.nanmin(clusters.figures(true, pred, DIALOGUE.labels, mask)["accuracy"]) == 1
     assert np.nanmin(clusters.figures(true, pred, DIALOGUE.labels)["accuracy"]) < 1
-    assert brief(clusters, true, pred, DIALOGUE.labels, mask)["n"] == 4
+    assert brief(clusters, true, pred, DIALOGUE.labels, mask)["n"] == 6
     assert brief(clusters, true, pred, DIALOGUE.labels, mask)["interval"] == [1, 1]
+
+
+def test_a_label_that_resamples_lack_does_not_make_macro_f1_jump():
+    """Label 2 is in one cluster of ten and never found: a third of the mean, whether it is drawn or not."""
+    clusters = make_clusters(rows(*"abcdefghij"))
+    true, pred = np.array([0, 1] * 4 + [0, 2]), np.array([0, 1] * 4 + [0, 0])
+    draws = clusters.figures(true, pred, DIALOGUE.labels)["macro_f1"]
+    assert (clusters.weights[:, 9] == 0).any()
+    assert draws.max() <= 2 / 3
+    # A label of rows that do not count is none of the sample's.
+    without = clusters.figures(true, pred, DIALOGUE.labels, np.arange(10) < 9)["macro_f1"]
+    assert np.nanmax(without) == 1
+
+
+@pytest.mark.parametrize(("number", "known"), [(1, False), (4, False), (5, True)])
+def test_rows_of_few_clusters_have_no_interval(number, known):
+    """Ten settings of four rows: a part that lies in one or a few of them has a score, not an interval."""
+    clusters = make_clusters(rows(*(name for name in "abcdefghij" for _ in range(4))), "setting")
+    true, pred = np.arange(40) % 3, np.arange(40) % 2
+    result = brief(clusters, true, pred, DIALOGUE.labels, np.arange(40) < 4 * number)
+    assert (result["n"], result["interval"] is not None) == (4 * number, known)
+    missing = np.where(np.arange(40) < 16, true, NOT_ANNOTATED)
+    # Rows without a label lie in no cluster.
+    assert brief(clusters, missing, pred, DIALOGUE.labels)["interval"] is None
 
 
 def test_rows_that_hang_together_widen_the_interval():

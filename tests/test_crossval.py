@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from conftest import corpus_rows, write_jsonl
-from stance.annotations import load_statements
+from stance import load
+from stance.annotations import Statement, load_statements
 from stance.checkpoint import read_json
 from stance.config import load_config
 from stance.crossval import assign_folds, cross_validate
 from stance.errors import DataError, UsageError
-from stance.label_errors import find_label_errors
+from stance.label_errors import doubt_lines, find_label_errors
 from stance.labels import DEFAULT_TASKS
 from stance.metrics import scores_of_all
 from test_evaluation import call
@@ -114,8 +115,6 @@ def test_every_row_is_scored_once_by_a_model_that_has_not_seen_its_group(
         cross_validate(config, folder, by="setting", folds=2, log=said.append)
 
     # The doubted labels come from these out-of-fold probabilities.
-    from stance import load
-
     model = load(folder / "fold-0", device="cpu")
     doubted = find_label_errors(model, folder / "fold-0", statements, crossval=folder)
     assert (doubted["probabilities"], doubted["used"]) == ("out-of-fold", len(statements))
@@ -157,6 +156,7 @@ def test_a_wrong_label_is_found(trained, tmp_path, capsys):
     for row in rows:
         if row["id"] in turned:
             row["conflict"] = "against" if row["conflict"] != "against" else "favor"
+            row["speaker"] = f"=HYPERLINK({row['id']})"
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "doubt.csv"
     code, text, err = call(capsys, "audit", trained, data, "-o", out, "--format", "json")
@@ -170,6 +170,9 @@ def test_a_wrong_label_is_found(trained, tmp_path, capsys):
         assert row["annotated"] != row["suggested"]
         assert row["quality"] < row["probability"]
     lines = out.read_text().splitlines()
+    linked = [line for line in lines if "HYPERLINK" in line]
+    assert linked
+    assert all(",'=HYPERLINK(" in line for line in linked)  # a spreadsheet runs nothing
     assert lines[0] == "task,where,id,speaker,text,annotated,suggested,quality,probability"
     assert len(lines) == 1 + sum(t["doubted"] for t in result["tasks"].values())
 
@@ -186,6 +189,52 @@ def test_rows_that_were_trained_on_are_not_asked(trained, corpus, tmp_path, caps
     code, out, err = call(capsys, "audit", trained, data)
     assert (code, out) == (3, "")
     assert "all 96 rows were used to train the model" in err
+
+
+FOLD_ROW = {"fold": 0, "text": "we will meet", "speaker": "", "probabilities": {}}
+
+
+@pytest.mark.parametrize(
+    ("about", "row", "error", "message"),
+    [
+        (None, FOLD_ROW, UsageError, "finished folder of stance crossval; crossval.json is missing"),
+        ({"kind": "evaluation"}, FOLD_ROW, UsageError, "got one of kind 'evaluation'"),
+        (
+            {"kind": "crossval"},
+            {**FOLD_ROW, "fold": None},
+            DataError,
+            "predictions.jsonl:1: .* got None for fold",
+        ),
+        ({"kind": "crossval"}, {**FOLD_ROW, "text": 7}, DataError, "got 7 for text"),
+        ({"kind": "crossval"}, {**FOLD_ROW, "probabilities": [1]}, DataError, r"got \[1\] for probabilities"),
+        ({"kind": "crossval"}, FOLD_ROW, UsageError, "other tasks than the model"),
+        (
+            {"kind": "crossval"},
+            {**FOLD_ROW, "probabilities": {"dialogue": None}},
+            DataError,
+            "must be numbers",
+        ),
+    ],
+)
+def test_only_out_of_fold_probabilities_are_taken(trained, tmp_path, about, row, error, message):
+    """The predictions of stance evaluate may be of rows that the model was trained on."""
+    write_jsonl(tmp_path / "predictions.jsonl", [row])
+    if about:
+        write_jsonl(tmp_path / "crossval.json", [about])
+    model = load(trained, device="cpu")
+    with pytest.raises(error, match=message):
+        find_label_errors(model, trained, [Statement("we will meet")], crossval=tmp_path)
+
+
+def test_without_its_splits_a_model_is_not_said_to_be_held_out(trained, corpus, tmp_path):
+    statements = load_statements([str(corpus)], DEFAULT_TASKS)
+    result = find_label_errors(
+        load(trained, device="cpu"), tmp_path, statements
+    )  # a folder without splits.csv
+    assert (result["trained_on"], result["probabilities"], result["used"]) == (None, "unknown", 120)
+    head = doubt_lines(result, 0)[0]
+    assert "which of them it was trained on is unknown" in head
+    assert "held-out" not in head
 
 
 def test_an_unknown_suffix_is_told_before_the_work(trained, corpus, tmp_path, capsys):

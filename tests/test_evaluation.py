@@ -27,7 +27,7 @@ from stance.evaluation import evaluate, human_scores, score_baselines, seed_scor
 from stance.labels import DEFAULT_TASKS, SENTIMENT, STANCE_TASK, Task
 from stance.metrics import scored_tasks, scores_of_all, with_stance
 from stance.modelcard import model_card, write_card
-from stance.provenance import seed_folders, statement_key, trained_on
+from stance.provenance import data_identity, seed_folders, statement_key, trained_on
 from stance.slices import slice_scores, slices_of
 
 
@@ -373,6 +373,22 @@ def test_evaluate_warns_of_rows_that_were_trained_on(trained, corpus, capsys):
     code, _, err = call(capsys, "evaluate", trained, corpus, "--no-ablation")
     assert code == 0
     assert "warning: the model was trained on 96 of these statements" in err
+    assert "warning: 12 of these statements chose the model's checkpoint, temperatures and thresholds" in err
+
+
+def test_the_report_counts_the_rows_that_chose_the_checkpoint(trained, corpus, tmp_path):
+    splits = {r.split(",")[1]: r.split(",")[2] for r in (trained / "splits.csv").read_text().splitlines()}
+    own = load_statements([str(corpus)], DEFAULT_TASKS)
+    held = [s for s in own if splits[s.id] == "validation"]
+    for part, folder, wanted in (
+        (own, trained, (96, len(held))),
+        (held, trained, (0, len(held))),
+        ([s for s in own if splits[s.id] == "test"], trained, (0, 0)),
+        (own, tmp_path, (None, None)),
+    ):
+        data = data_identity(part, DEFAULT_TASKS, [], folder)
+        assert (data["trained_on"], data["chosen_on"]) == wanted
+    assert held
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def small_report(tasks: tuple[Any, ...] = (STANCE_TASK, DIALOGUE, CONFLICT, SENT
             "files": {"data/a~b/annex.jsonl": "cd" * 32},
             "labels": {t: dict.fromkeys(labels, 411) for t, labels in names.items()},
             "trained_on": 0,
+            "chosen_on": 0,
         },
         "environment": {"python": "3.11.9", "machine": "x86_64", "cpus": 2, "packages": {"numpy": "2.4.6"}},
         "interval": {
@@ -428,6 +429,28 @@ def test_rows_that_were_trained_on_are_warned_of_before_the_verdict():
     assert page.index("These figures are too good") < page.index('class="verdict"')
 
 
+@pytest.mark.parametrize(
+    ("chosen_on", "split", "reused"),
+    [(0, "test", False), (942, None, True), (0, "validation", False), (None, "validation", True)],
+)
+def test_statements_that_chose_the_thresholds_are_not_called_others(chosen_on, split, reused):
+    report = full_report()
+    report["data"]["chosen_on"], report["split"] = chosen_on, split
+    page = render(report, [])
+    assert ("these same statements, for a wished share of right answers" in page) == reused
+    assert ("Thresholds were chosen on other statements than these" in page) == (not reused)
+    assert ("the figures after calibration are too good" in page) == reused
+    assert ("These figures flatter the model" in page) == bool(chosen_on)
+
+
+def test_where_the_validation_rows_are_not_known_nothing_is_said_of_them():
+    report = full_report()
+    del report["data"]["chosen_on"]  # as older reports are
+    page = render(report, [])
+    assert "Thresholds were chosen on statements held out from training" in page
+    assert "the figures after calibration are too good" not in page
+
+
 def test_the_speakers_section_calls_a_drop_that_may_be_chance_so():
     report = full_report()
     assert "The model hardly uses it" in render(report, [])
@@ -471,6 +494,22 @@ def test_one_learnt_task_is_enough():
     assert "is not known" in page
     assert "overall stance" not in page
     assert "Its probabilities were never calibrated" in page
+
+
+def test_figures_without_an_interval_still_render():
+    """Slices, annotators and the speaker's rows have none where they lie in few clusters."""
+    report = json.loads(json.dumps(full_report()))  # nothing shared
+    parts = [
+        v["scores"][t] for c in report["slices"]["columns"].values() for v in c["values"] for t in v["scores"]
+    ]
+    parts += [p for entry in report["human"]["tasks"].values() for p in [*entry["pairs"], entry["model"]]]
+    parts += [s for c in report["speaker"]["conditions"].values() for s in c["scores"].values()]
+    for part in parts:
+        assert part.pop("interval", None) or not part["n"]
+        part["interval"] = None
+    page = render(report, predictions_of(report))
+    Page(page)
+    assert "fewer than five values of" in page
 
 
 def test_nothing_annotated_of_the_headline_still_renders():

@@ -123,7 +123,9 @@ def _problems(record: Record) -> Iterator[str]:
         yield f"variants must be given for INV and DIR alone; got {len(variants)} for {kind}"
     if kind == "MFT" and not (isinstance(expect, dict) and expect):
         yield f'expect must name labels, as {{"dialogue": "favor"}}; got {expect!r}'
-    if kind == "INV" and not (expect is None or (isinstance(expect, list) and expect)):
+    if kind == "INV" and not (
+        expect is None or (isinstance(expect, list) and expect and all(isinstance(t, str) for t in expect))
+    ):
         yield f'expect must be a list of tasks, as ["dialogue"]; got {expect!r}'
     if kind == "DIR" and not (
         isinstance(expect, dict) and expect and all(v in ("up", "down") for v in expect.values())

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
     FloatArray = NDArray[np.float64]
 
-__all__ = ["CLUSTER_COLUMNS", "FEW_CLUSTERS", "Clusters", "make_clusters", "percentile_interval", "wilson"]
+__all__ = [
+    "CLUSTER_COLUMNS",
+    "FEW_CLUSTERS",
+    "LEAST_CLUSTERS",
+    "Clusters",
+    "make_clusters",
+    "percentile_interval",
+    "wilson",
+]
 
 CLUSTER_COLUMNS = {"setting": 5, "speaker": 10, "document": 10}
 """Columns that make clusters when none is named, in this order, and how many clusters they must make:
@@ -34,6 +42,9 @@ a bootstrap over fewer draws almost nothing (and a handful of speakers are topic
 FEW_CLUSTERS = 10
 """With fewer clusters than this, cluster bootstrap intervals tend to be too narrow (Cameron, Gelbach &
 Miller 2008)."""
+LEAST_CLUSTERS = 5
+"""A part of the rows that lies in fewer clusters has no interval: of one cluster, every draw is the same and
+the interval would have no width."""
 LEVEL = 0.95
 
 
@@ -69,22 +80,28 @@ class Clusters:
     ) -> dict[str, FloatArray]:
         """Return every figure of :func:`stance.metrics.figures_of_confusion` for each resample.
 
+        Macro-F1 is over the labels that occur in all rows that count, in every resample: were it over those
+        of the resample, a rare label would drop out of some and the figure would jump.
+
         Args:
             y_true: label ids of shape [rows]; rows that are not annotated do not count.
             y_pred: label ids of shape [rows].
             labels: the task's labels in order.
             rows: a mask of shape [rows]: only these count.
         """
-        kept = y_true != NOT_ANNOTATED
-        if rows is not None:
-            kept &= rows
+        kept = _counted(y_true, rows)
         k = len(labels)
         # Clusters without a row that counts add nothing: leave their columns out of the product.
         found, index = np.unique(self.index[kept], return_inverse=True)
         cells = index * k * k + y_true[kept] * k + y_pred[kept]
         counts = np.bincount(cells, minlength=len(found) * k * k).reshape(len(found), k * k)
         drawn = self.weights[:, found] @ counts.astype(np.float32)
-        return figures_of_confusion(drawn.reshape(-1, k, k).astype(np.float64), labels)
+        seen = np.isin(np.arange(k), np.concatenate([y_true[kept], y_pred[kept]]))
+        return figures_of_confusion(drawn.reshape(-1, k, k).astype(np.float64), labels, seen)
+
+    def number_of(self, y_true: IntArray, rows: NDArray[Any] | None = None) -> int:
+        """Return how many clusters the rows that count lie in; the arguments are those of :meth:`figures`."""
+        return len(np.unique(self.index[_counted(y_true, rows)]))
 
     def to_dict(self) -> dict[str, Any]:
         """How the intervals were made, for a report."""
@@ -97,6 +114,11 @@ class Clusters:
             "clusters": self.number,
             "few_clusters": self.number < FEW_CLUSTERS,
         }
+
+
+def _counted(y_true: IntArray, rows: NDArray[Any] | None) -> NDArray[np.bool_]:
+    annotated: NDArray[np.bool_] = y_true != NOT_ANNOTATED
+    return annotated if rows is None else annotated & np.asarray(rows, dtype=bool)
 
 
 def make_clusters(
@@ -181,12 +203,14 @@ def brief(
 ) -> dict[str, Any]:
     """Return ``{"n", "macro_f1", "accuracy", "f_avg"?, "interval"}`` of the rows that count.
 
-    The interval is that of macro-F1.
+    The interval is that of macro-F1; None where the rows that count lie in fewer than ``LEAST_CLUSTERS``.
     """
     from stance.metrics import scores
 
     kept = np.ones(len(y_true), dtype=bool) if rows is None else np.asarray(rows, dtype=bool)
     full: Mapping[str, Any] = scores(y_true[kept], y_pred[kept], labels)
     result = {name: full[name] for name in ("n", "macro_f1", "accuracy", "f_avg") if name in full}
-    draws = clusters.figures(y_true, y_pred, labels, kept)["macro_f1"] if full["n"] else np.empty(0)
-    return result | {"interval": percentile_interval(draws)}
+    interval = None
+    if clusters.number_of(y_true, kept) >= LEAST_CLUSTERS:
+        interval = percentile_interval(clusters.figures(y_true, y_pred, labels, kept)["macro_f1"])
+    return result | {"interval": interval}

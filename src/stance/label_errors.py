@@ -15,11 +15,12 @@ import numpy as np
 
 from stance.annotations import Statement
 from stance.calibration import probabilities_at, raw_logits
+from stance.checkpoint import read_json
 from stance.dataset import label_ids
 from stance.errors import DataError, StanceError, UsageError
 from stance.labels import NOT_ANNOTATED, Task
 from stance.provenance import statement_key, trained_on
-from stance.records import read_records
+from stance.records import Record, read_records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,20 +48,25 @@ def find_label_errors(
         crossval: a folder of ``stance crossval``, for out-of-fold probabilities of every row.
 
     Returns:
-        ``{"kind", "n", "used", "trained_on", "probabilities": "out-of-fold" or "held-out", "tasks": {task:
-        {"n", "doubted", "rows": [{"where", "id", "speaker", "text", "annotated", "suggested", "quality",
-        "probability"}]}}}``; ``quality`` is the model's probability of the annotated label.
+        ``{"kind", "n", "used", "trained_on", "probabilities", "tasks": {task: {"n", "doubted", "rows":
+        [{"where", "id", "speaker", "text", "annotated", "suggested", "quality", "probability"}]}}}``;
+        ``probabilities`` is ``out-of-fold``, ``held-out`` or, without a ``splits.csv``, ``unknown``: some rows may
+        have been trained on. ``quality`` is the model's probability of the annotated label.
 
     Raises:
-        DataError: no row is left that the model has not been trained on.
+        DataError: no row is left that the model has not been trained on, or the cross-validation's
+            predictions are damaged.
+        UsageError: ``crossval`` is no finished cross-validation, or one of other tasks.
         StanceError: cleanlab is not installed.
     """
     tasks = classifier.tasks
     seen = trained_on(folder, statements)
     count = None if seen is None else int(seen.sum())
     if crossval is not None:
+        kind = "out-of-fold"
         used, probabilities = _out_of_fold(crossval, statements, tasks)
     else:
+        kind = "unknown" if seen is None else "held-out"
         used = (
             list(statements)
             if seen is None
@@ -79,7 +85,7 @@ def find_label_errors(
         "n": len(statements),
         "used": len(used),
         "trained_on": count,
-        "probabilities": "held-out" if crossval is None else "out-of-fold",
+        "probabilities": kind,
         "tasks": {
             t.name: _doubted(used, y_true[:, i], probabilities[t.name], t) for i, t in enumerate(tasks)
         },
@@ -126,27 +132,40 @@ def _out_of_fold(
 ) -> tuple[list[Statement], dict[str, NDArray[np.float64]]]:
     """The statements that a cross-validation scored, with the probabilities of the model that had not seen them."""
     path = folder / "predictions.jsonl"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder}: must be a finished folder of stance crossval; predictions.jsonl is missing"
-        )
-    rows: dict[str, Mapping[str, Any]] = {}
-    for record in read_records(path):
-        data = record.data
-        rows[statement_key(Statement(data["text"], data["speaker"]))] = data["probabilities"]
+    for name in ("crossval.json", path.name):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder}: must be a finished folder of stance crossval; {name} is missing")
+    if (found_kind := read_json(folder, "crossval.json").get("kind")) != "crossval":
+        raise UsageError(f"{folder}: must be a folder of stance crossval; got one of kind {found_kind!r}")
+    rows = dict(_fold_row(record) for record in read_records(path))
     used = [s for s in statements if statement_key(s) in rows]
     if not used:
         raise DataError(f"{path}: holds none of the rows given - cross-validate on the same rows")
     found = [rows[statement_key(s)] for s in used]
     try:
         probabilities = {
-            t.name: np.array([[row[t.name][label] for label in t.labels] for row in found]) for t in tasks
+            t.name: np.array([[float(row[t.name][label]) for label in t.labels] for row in found])
+            for t in tasks
         }
     except KeyError as error:
         raise UsageError(
             f"{folder}: the cross-validation has other tasks than the model; it lacks {error}"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: probabilities must be numbers; {error} - cross-validate again") from None
     return used, probabilities
+
+
+def _fold_row(record: Record) -> tuple[str, Mapping[str, Any]]:
+    """A row's statement and its probabilities; predictions of one model name no fold, as they are not out of it."""
+    wanted = {"text": str, "speaker": str, "fold": int, "probabilities": dict}
+    for key, kind in wanted.items():
+        value = record.data.get(key)
+        if not isinstance(value, kind):
+            raise DataError(
+                f"{record.where}: must be a row of stance crossval; got {value!r} for {key} - cross-validate again"
+            )
+    return statement_key(Statement(record.data["text"], record.data["speaker"])), record.data["probabilities"]
 
 
 def doubt_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -160,13 +179,12 @@ def doubt_lines(result: Mapping[str, Any], show: int) -> list[str]:
     """Return the result as text: counts, then the most doubted rows of each task."""
     seen = result["trained_on"]
     known = (
-        "no splits.csv, so rows it was trained on cannot be told"
+        "no splits.csv: which of them it was trained on is unknown"
         if seen is None
         else f"{seen} of them in training"
     )
-    lines = [
-        f"{result['n']} statements ({known}); {result['probabilities']} probabilities of {result['used']}"
-    ]
+    kind = "" if result["probabilities"] == "unknown" else f"{result['probabilities']} "
+    lines = [f"{result['n']} statements ({known}); {kind}probabilities of {result['used']}"]
     for task, entry in result["tasks"].items():
         lines += ["", f"{task}: {entry['doubted']} of {entry['n']} annotations doubted"]
         for row in entry["rows"][:show]:

@@ -112,12 +112,16 @@ def f_avg(y_true: ArrayLike, y_pred: ArrayLike, labels: Sequence[str]) -> float:
     return float(f1_score(true[kept], pred[kept], labels=ids, average="macro", zero_division=0.0))
 
 
-def figures_of_confusion(confusion: NDArray[np.float64], labels: Sequence[str]) -> dict[str, Any]:
+def figures_of_confusion(
+    confusion: NDArray[np.float64], labels: Sequence[str], seen: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
     """Return the figures of :func:`scores` for many confusion matrices at once.
 
     Args:
         confusion: counts of shape [..., labels, labels], true labels as rows.
         labels: the task's labels in order.
+        seen: a mask of shape [labels]: macro-F1 is the mean over these, with an F1 of 0 for those that a
+            matrix lacks; default: the labels that occur in each matrix.
 
     Returns:
         ``{"accuracy", "macro_f1", "mcc", "f_avg"?}`` of shape [...], and ``"f1"`` of shape
@@ -126,15 +130,16 @@ def figures_of_confusion(confusion: NDArray[np.float64], labels: Sequence[str]) 
     total = confusion.sum(axis=(-2, -1))
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     true, pred = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    seen = (true + pred) > 0
+    found = (true + pred) > 0
+    counted = found if seen is None else np.broadcast_to(seen, found.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
-        f1 = np.where(seen, 2 * right / (true + pred), 0.0)
+        f1 = np.where(found, 2 * right / (true + pred), 0.0)
         spread = (total**2 - (true**2).sum(axis=-1)) * (total**2 - (pred**2).sum(axis=-1))
         covariance = right.sum(axis=-1) * total - (true * pred).sum(axis=-1)
         mcc = np.where(spread > 0, covariance / np.sqrt(spread), 0.0)
         result = {
             "accuracy": right.sum(axis=-1) / total,
-            "macro_f1": f1.sum(axis=-1) / seen.sum(axis=-1),
+            "macro_f1": np.where(total > 0, f1.sum(axis=-1) / counted.sum(axis=-1), np.nan),
             "mcc": np.where(total > 0, mcc, np.nan),
             "f1": np.where(total[..., None] > 0, f1, np.nan),
         }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "chosen_on",
     "data_identity",
     "environment",
     "identify",
@@ -43,7 +44,17 @@ def statement_key(statement: Statement) -> str:
 
 
 def trained_on(folder: Path, statements: Sequence[Statement]) -> NDArray[np.bool_] | None:
-    """Return which statements a run was trained on, by its ``splits.csv``; None if it has none.
+    """Return which statements a run was trained on, by its ``splits.csv``; None if it has none."""
+    return _in_split(folder, statements, "train")
+
+
+def chosen_on(folder: Path, statements: Sequence[Statement]) -> NDArray[np.bool_] | None:
+    """Return which statements a run chose its checkpoint, temperatures and thresholds on: its validation split."""
+    return _in_split(folder, statements, "validation")
+
+
+def _in_split(folder: Path, statements: Sequence[Statement], split: str) -> NDArray[np.bool_] | None:
+    """Return which statements a run had in a split.
 
     Runs that did not yet write the statements' keys are asked by id and, without one, by file and line.
     """
@@ -51,7 +62,7 @@ def trained_on(folder: Path, statements: Sequence[Statement]) -> NDArray[np.bool
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if row.get("split") == "train"]
+        rows = [row for row in csv.DictReader(handle) if row.get("split") == split]
     if not rows or "statement" in rows[0]:
         keys = {row["statement"] for row in rows}
         return np.array([statement_key(s) in keys for s in statements], dtype=bool)
@@ -85,17 +96,21 @@ def seed_folders(folder: Path) -> list[Path]:
 def data_identity(
     statements: Sequence[Statement], tasks: Sequence[Task], files: Iterable[str], folder: Path | None = None
 ) -> dict[str, Any]:
-    """Return the scored files' hashes, the labels' counts, and how many rows the model was trained on."""
+    """Return the scored files' hashes, the labels' counts, and how many rows made the model."""
     counts = {}
     for task in scored_tasks(tasks):
         found = Counter(label_of(s.labels, task) for s in statements)
         counts[task.name] = {label: found[label] for label in task.labels}
-    seen = trained_on(folder, statements) if folder else None
+    seen = {"trained_on": trained_on, "chosen_on": chosen_on}
     return {
         "files": {path: sha256(Path(path)) for path in files if path != "-"},
         "labels": counts,
-        "trained_on": None if seen is None else int(seen.sum()),
+        **{name: _count(find(folder, statements)) if folder else None for name, find in seen.items()},
     }
+
+
+def _count(rows: NDArray[np.bool_] | None) -> int | None:
+    return None if rows is None else int(rows.sum())
 
 
 def identify(

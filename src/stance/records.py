@@ -370,7 +370,9 @@ def read_batches(
         raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
-def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Sequence[str]) -> int:
+def write_records(
+    rows: Iterable[dict[str, Any]], path: str | Path, columns: Sequence[str], *, escape: bool = False
+) -> int:
     """Write rows to a file or, for ``"-"``, to standard output as JSONL; return their number.
 
     A file becomes visible only when it is whole (temporary file, fsync, rename). CSV cells that
@@ -378,6 +380,7 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
 
     Args:
         columns: the columns and their order in CSV and Parquet.
+        escape: pass CSV and TSV cells through :func:`escape_formula`, where people will open the file.
     """
     name = str(path)
     if name == "-":
@@ -394,7 +397,7 @@ def write_records(rows: Iterable[dict[str, Any]], path: str | Path, columns: Seq
             else:
                 with compressor(handle, name) as packed:
                     text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=True)
-                    count = write_rows(rows, text, kind, columns)
+                    count = write_rows(rows, text, kind, columns, escape=escape)
                     text.flush()
                     text.detach()
             handle.flush()

@@ -152,7 +152,7 @@ def audit_labels(
     statements = annotated(files, classifier.tasks, config, split, split_column)
     result = find_label_errors(classifier, model, statements, crossval=crossval_folder)
     if output is not None:
-        write_records(doubt_rows(result), output, DOUBT_COLUMNS)
+        write_records(doubt_rows(result), output, DOUBT_COLUMNS, escape=True)
     if format is TextOrJson.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return

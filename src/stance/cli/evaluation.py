@@ -132,6 +132,11 @@ def _print_report(report: dict[str, Any]) -> None:
     print(f"95% intervals: bootstrap over {interval['clusters']} clusters ({interval['cluster']}){few}")
     if report.get("data", {}).get("trained_on"):
         say(f"warning: the model was trained on {report['data']['trained_on']} of these statements")
+    if report.get("data", {}).get("chosen_on"):
+        say(
+            f"warning: {report['data']['chosen_on']} of these statements chose the model's checkpoint, temperatures "
+            "and thresholds"
+        )
     print_groups(report)
     print_means(report)
     for task, entry in report["calibration"]["tasks"].items():
