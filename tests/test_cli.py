@@ -260,6 +260,45 @@ def test_train_evaluate_predict(stance, make_config, corpus, tmp_path):
     assert [r["text"] for r in parse(predicted.out)] == [r["text"] for r in corpus_rows(5)]
 
 
+def test_resume_makes_what_a_kill_left_out_of_the_report(stance, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    resume = ("train", run / "config.yaml", "-o", run, "--resume", "--no-baselines")
+    first = stance(*resume)
+    assert first.code == 0
+    stored, page, card = run / "report/report.json", run / "report/report.html", run / "README.md"
+    before = (stored.read_text(), page.read_text(), card.read_text())
+    page.unlink()  # killed between the figures and the page
+    card.unlink()
+    again = stance(*resume)
+    assert (again.code, again.out) == (0, first.out)
+    assert (stored.read_text(), page.read_text(), card.read_text()) == before
+    card.write_text("a card of my own")
+    assert stance(*resume).code == 0
+    assert card.read_text() == "a card of my own"
+
+
+@pytest.mark.parametrize("spoil", ["evaluate", "damage", "other weights", "no predictions"])
+def test_resume_takes_no_other_report_for_its_own(stance, trained, tmp_path, spoil):
+    run = shutil.copytree(trained, tmp_path / "run")
+    resume = ("train", run / "config.yaml", "-o", run, "--resume", "--no-baselines")
+    first, stored = stance(*resume), run / "report/report.json"
+    report = json.loads(stored.read_text())
+    if spoil == "evaluate":
+        data = write(tmp_path / "rows.jsonl", corpus_rows(12, seed=5))
+        assert stance("evaluate", run, data, "-o", run / "report", "--force", "--no-ablation").code == 0
+        assert "examples" not in json.loads(stored.read_text())
+    elif spoil == "damage":
+        stored.write_text("{")
+    elif spoil == "other weights":
+        stored.write_text(json.dumps(report | {"n": 7, "model": report["model"] | {"sha256": "0" * 64}}))
+    else:
+        (run / "report/predictions.jsonl").unlink()
+    again = stance(*resume)
+    assert (again.code, again.out) == (0, first.out)
+    assert json.loads(stored.read_text()) == report | {"created": json.loads(stored.read_text())["created"]}
+    assert (run / "report/predictions.jsonl").is_file()
+
+
 def test_evaluate_on_the_rows_of_one_split(stance, trained, tmp_path):
     rows = corpus_rows(20)
     for i, row in enumerate(rows):

@@ -369,6 +369,14 @@ def test_evaluate_writes_a_report_that_names_its_subject(trained, tmp_path, caps
     assert "predictions" not in report
 
 
+def test_rows_with_sentiment_alone_get_a_page(trained, tmp_path, capsys, rows):
+    own = [{k: r[k] for k in ("text", "speaker", "sentiment")} for r in rows[:12]]
+    data = write_jsonl(tmp_path / "rows.jsonl", own)
+    code, _, err = call(capsys, "evaluate", trained, data, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert 'id="speaker"' in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_evaluate_warns_of_rows_that_were_trained_on(trained, corpus, capsys):
     code, _, err = call(capsys, "evaluate", trained, corpus, "--no-ablation")
     assert code == 0

@@ -424,6 +424,8 @@ def test_a_folder_that_is_there_is_replaced_only_by_force_and_only_if_it_is_an_e
     export(trained, out, format="transformers")
     with pytest.raises(UsageError, match="exists already - replace it with --force"):
         export(trained, out, format="transformers")
+    (out / "README.md").write_text("a card of my own")  # or one by evaluate --card: it still loads
+    assert check_model_folder(out)[1] == DEFAULT_TASKS
     export(trained, out, format="transformers", task="conflict", force=True)
     assert check_model_folder(out)[1] == (CONFLICT,)
     (out / "diary.txt").write_text("mine")
@@ -602,6 +604,15 @@ class Hub:
     def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> Any:
         Hub.calls.append(("upload_folder", (repo_id, files_of(Path(folder_path)))))
         return SimpleNamespace()
+
+
+def test_evaluate_writes_a_card_into_an_export_that_loads_on(trained, tmp_path):
+    out, data = tmp_path / "out", write_jsonl(tmp_path / "rows.jsonl", corpus_rows(12, seed=4))
+    export(trained, out, format="transformers")
+    before = (out / "README.md").read_text()
+    assert run_cli("evaluate", out, data, "--card", "--no-ablation") == 0
+    assert (out / "README.md").read_text() != before
+    assert load(out, device="cpu", exact=True).predict(PAIRS)
 
 
 def test_push_to_hub_uploads_the_whole_folder(trained, tmp_path, monkeypatch, capsys):

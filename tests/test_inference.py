@@ -367,17 +367,54 @@ def test_an_id_that_neither_disk_nor_hub_knows_is_named(monkeypatch, tmp_path):
         load("nobody/nothing")
 
 
-def test_a_model_of_the_hub_is_checked_like_any_other(monkeypatch, trained, folder, model):
+def hub_of(source: Path, cache: Path) -> Callable[..., str]:
+    """Stands in for ``snapshot_download``: gives the asked-for files as links to blobs, as the cache does."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert not {"*.py", "*.bin", "*"} & set(allow_patterns)
+        place = cache / f"models--{name.replace('/', '--')}"
+        snapshot = place / "snapshots" / "abc"
+        (place / "blobs").mkdir(parents=True, exist_ok=True)
+        files = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            blob, link = place / "blobs" / sha256(source / file), snapshot / file
+            shutil.copyfile(source / file, blob)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        return str(snapshot)
+
+    return snapshot_download
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_an_export_on_the_hub_is_loaded_from_its_cache_of_links(
+    monkeypatch, trained, tmp_path, model, hard_links
+):
     import huggingface_hub
 
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, allow_patterns: asked.append(allow_patterns) or str(folder),
-    )
+    from stance.export import export
+
+    def refuse(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    export(trained, tmp_path / "export", format="transformers")
+    (tmp_path / "export" / ".gitattributes").write_text("* -text")  # the hub's own
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub_of(tmp_path / "export", tmp_path / "cache"))
+    for _ in range(2):  # fetched, then found
+        loaded = load("someone/stance", device="cpu", exact=True)
+        assert loaded.predict(["war"]) == model.predict(["war"])
+    assert not list((tmp_path / "cache").rglob("*.partial-*"))
+
+
+def test_a_model_of_the_hub_is_checked_like_any_other(monkeypatch, folder, tmp_path, model):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub_of(folder, tmp_path / "cache"))
     assert load("someone/stance", device="cpu", exact=True).predict(["war"]) == model.predict(["war"])
-    assert not {"*.py", "*.bin", "*"} & set(asked[0])
     flip(folder / "model.safetensors", -1)
     with pytest.raises(CheckpointError, match=r"model\.safetensors has changed"):
         load("someone/stance")

@@ -463,6 +463,16 @@ def test_the_speakers_section_calls_a_drop_that_may_be_chance_so():
     assert "The model does not use it" in render(report, [])
 
 
+def test_nothing_is_said_of_a_drop_that_no_row_can_show():
+    """The headline may have no annotated row with a speaker where another task has some."""
+    report = full_report()
+    report["speaker"]["conditions"]["masked"]["drop"]["stance"] = {"macro_f1": None, "interval": None}
+    page = render(report, [])
+    assert 'id="speaker"' in page
+    assert "use it" not in page
+    assert "uses it" not in page
+
+
 def test_the_rules_titles_are_the_codebooks():
     codebook = (ROOT / "data/annotations/CODEBOOK.md").read_text(encoding="utf-8")
     titles = re.findall(r"^\d+\. \*\*(.+?)\.\*\*", codebook, flags=re.MULTILINE)

@@ -615,12 +615,63 @@ def test_a_folder_of_other_things_is_not_used(make_config, tmp_path, force):
     assert names(tmp_path / "run") == {"notes.txt"}
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["manifest.json"],  # of a browser extension, or damaged
+        ["checkpoints/best.pt", "config.json", "README.md", "logs/log.txt"],
+        ["identity.json", "manifest.json", "report/thesis.txt"],
+    ],
+    ids=["manifest", "checkpoints", "identity"],
+)
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": {"precious.txt": 1}}'])
+def test_force_removes_nothing_from_a_folder_that_is_no_run(make_config, tmp_path, files, content):
+    for name in [*files, "precious.txt"]:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(UsageError, match="must be empty or hold a run"):
+        run(make_config(), force=True)
+    with pytest.raises(StanceError):
+        run(make_config(), resume=True)
+    assert all((tmp_path / "run" / name).read_text() == content for name in [*files, "precious.txt"])
+
+
+def test_force_does_not_take_an_export_for_a_run(make_config, tmp_path, trained):
+    from stance.export import export
+
+    export(trained, tmp_path / "run", format="transformers")
+    before = names(tmp_path / "run")
+    with pytest.raises(UsageError, match="must be empty or hold a run"):
+        run(make_config(), force=True)
+    assert names(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": {"encoder": "/nowhere/encoder"}}, {"training": {"report_to": ["no-such-tracker"]}}],
+    ids=["encoder", "tracker"],
+)
+def test_force_keeps_the_earlier_run_until_the_new_one_can_start(make_config, tmp_path, trained, change):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(StanceError):
+        run(make_config(**change), force=True)
+    verify(folder)
+    assert names(folder) == names(trained)
+
+
+def test_what_a_run_leaves_that_could_not_start_is_in_no_ones_way(make_config, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".identity.json.partial").write_text("{")
+    assert names(run(make_config(training={"num_train_epochs": 0.5})).output_dir) == RUN_FILES
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "identity.json"])
 @pytest.mark.parametrize("content", ["{", "[]", '{"files": 3}'])
-def test_a_damaged_run_is_refused_or_replaced(make_config, tmp_path, name, content):
-    path = make_config()
-    (tmp_path / "run").mkdir()
+def test_a_damaged_run_is_refused_or_replaced(make_config, tmp_path, trained, name, content):
+    shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
+    path = make_config(training={"num_train_epochs": 0.5})
     with pytest.raises(StanceError):
         run(path, resume=True)
     assert names(run(path, force=True).output_dir) == RUN_FILES

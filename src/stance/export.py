@@ -32,7 +32,7 @@ from stance.checkpoint import (
 from stance.errors import CheckpointError, ConfigError, DataError, ExportError, StanceError, UsageError
 from stance.gate import Evidence, Finding, check, gate_table, random_batches
 from stance.labels import CODEBOOK_VERSION, Task, derives_stance
-from stance.modelcard import Export, model_card
+from stance.modelcard import CARD, Export, model_card
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -148,10 +148,9 @@ def _is_export(folder: Path) -> bool:
     if not found:
         return True
     try:
-        return "format" in read_json(folder, STANCE_FILE).get("exported", {}) and found == {
-            *read_json(folder, MANIFEST)["files"],
-            MANIFEST,
-        }
+        listed = {*read_json(folder, MANIFEST)["files"], MANIFEST}
+        exported = "format" in read_json(folder, STANCE_FILE).get("exported", {})
+        return exported and found | {CARD} == listed | {CARD}
     except (CheckpointError, KeyError, TypeError):
         return False
 
@@ -419,11 +418,12 @@ def _write_common(source: _Source, folder: Path, format: str, log: Log) -> None:
     write_json(folder / STANCE_FILE, meta)
     beside = Export(format, source.findings, source.temperature)
     card = model_card("stance", meta, _report(source.folder, log), beside)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     for place in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
         for path in place.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written 0600
-    write_manifest(folder)
+    # Without the card: it may be edited, and no model needs it.
+    write_manifest(folder, (n for p in folder.rglob("*") if (n := p.relative_to(folder).as_posix()) != CARD))
     for place in [*(p for p in folder.iterdir() if p.is_dir()), folder]:
         _sync(place)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import html
 import itertools
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -169,13 +171,36 @@ def _local_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return _without_links(Path(snapshot_download(name, allow_patterns=list(_HUB_FILES))))
     except Exception as error:  # offline, unknown, private, ...: each has its own kind
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name}: no such model folder, and the hub did not give it either: {first} - give the folder "
             "of a finished run"
         ) from None
+
+
+def _without_links(snapshot: Path) -> Path:
+    """Return a folder with the files of a snapshot in the hub's cache, which are links to blobs.
+
+    Model folders must hold no links, as these could lead anywhere. The files are hard links where the
+    disk has them, so they take no room, and lie in the model's own folder of the cache.
+    """
+    files = [p for p in snapshot.rglob("*") if p.is_file()]
+    if not any(p.is_symlink() for p in files):
+        return snapshot
+    folder = snapshot.parent.parent / "stance" / snapshot.name
+    for path in files:
+        target = folder / path.relative_to(snapshot)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            os.link(path.resolve(), partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, target)
+        partial.unlink(missing_ok=True)  # a rename onto the same file leaves both names
+    return folder
 
 
 # --- the classifier ------------------------------------------------------------------------------

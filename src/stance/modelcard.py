@@ -22,8 +22,9 @@ from stance.template import segments
 if TYPE_CHECKING:
     from stance.gate import Finding
 
-__all__ = ["Export", "model_card", "write_card"]
+__all__ = ["CARD", "Export", "model_card", "write_card"]
 
+CARD = "README.md"
 _METRICS = {"macro_f1": ("f1", "Macro-F1"), "accuracy": ("accuracy", "Accuracy"),
             "mcc": ("matthews_correlation", "Matthews correlation"), "f_avg": ("f1", "F1 mean of favor and against")}  # fmt: skip
 _SOFTMAX = "the softmax over its logits divided by its temperature"
@@ -48,7 +49,7 @@ class Export:
 def write_card(folder: Path, report: Mapping[str, Any]) -> None:
     """Write ``README.md`` into a model folder; it is no part of the manifest, as the model does not need it."""
     text = model_card(folder.resolve().name, read_json(folder, STANCE_FILE), report)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def model_card(

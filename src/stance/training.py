@@ -114,7 +114,7 @@ def train(
         parts: the statements of each split; default: the config's files, divided as it says.
         resume: go on from the newest whole checkpoint; from the start if there is none. A run that
             is finished already is returned as it stands.
-        force: remove an earlier run in ``output_dir`` first.
+        force: remove an earlier run in ``output_dir``, once the new one can start.
         log: receives one line of progress at a time; default: standard error.
 
     Raises:
@@ -140,6 +140,8 @@ def train(
     checkpoint = _checkpoint_to_resume(folder, log) if resume else None
     try:
         trainer, loss = build_trainer(config, parts)
+        if force:  # not before: a missing encoder or tracker must not cost the earlier run
+            _remove_run(folder)
         _write_inputs(folder, config, identity, parts)
         log(
             f"training on {len(parts['train']):,} statements, validating on {len(parts['validation']):,}, "
@@ -243,9 +245,12 @@ def _prepare_folder(
     """Make the folder ready; return the finished run if it is there and ``resume`` is given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        removed = force and _remove_run(folder)
-        state = folder / "identity.json"
-        if (folder / MANIFEST).is_file() or (folder / CHECKPOINTS).is_dir() or state.is_file():
+        state, held = folder / "identity.json", _contents(folder)
+        if held and not (_is_run(folder) if force else held & {MANIFEST, CHECKPOINTS, state.name}):
+            raise UsageError(
+                f"{folder}: output_dir must be empty or hold a run; got other files - choose another"
+            )
+        if held and not force:
             if not resume:
                 raise UsageError(
                     f"{folder}: output_dir holds a run already - go on with --resume, replace it with "
@@ -260,10 +265,6 @@ def _prepare_folder(
             if all(path.is_file() for path in done):
                 verify(folder)
                 return TrainingResult(folder, *(read_json(folder, p.name) for p in done[1:]))
-        elif any(folder.iterdir()) and not removed:
-            raise UsageError(
-                f"{folder}: output_dir must be empty or hold a run; got other files - choose another"
-            )
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
@@ -272,14 +273,27 @@ def _prepare_folder(
     return None
 
 
-def _remove_run(folder: Path) -> bool:
-    """Remove what a run writes and nothing else, so that --force cannot eat a home folder.
+def _contents(folder: Path) -> set[str]:
+    """The names in a folder, but for what a run that could not even start leaves."""
+    names = {p.name for p in folder.iterdir()} - {".identity.json.partial"}
+    empty = CHECKPOINTS in names and not any((folder / CHECKPOINTS).iterdir())
+    return names - {CHECKPOINTS} if empty else names
 
-    Returns whether a run was there.
-    """
-    if not any((folder / name).exists() for name in ("identity.json", MANIFEST, CHECKPOINTS)):
-        return False
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run of this package is there: other programs too write manifests and checkpoints."""
+    for name in ("identity.json", STANCE_FILE):
+        with suppress(CheckpointError):
+            content = read_json(folder, name)
+            if isinstance(content.get("config_sha256"), str) and "exported" not in content:
+                return True
+    return False
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run writes and nothing else, so that --force cannot eat a home folder."""
     names = {*RUN_FILES, STANCE_FILE, "config.json", "model.safetensors", "README.md"}
+    names.remove("identity.json")  # the new run's replaces it, so the folder is a run's at any moment
     # Half a run has no manifest, a damaged one none that can be read.
     with suppress(CheckpointError, KeyError, TypeError):
         names |= set(read_json(folder, MANIFEST)["files"])
@@ -288,7 +302,6 @@ def _remove_run(folder: Path) -> bool:
         (folder / Path(name).name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, _MODEL_STAGING, "report", "logs"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    return True
 
 
 def _checkpoint_to_resume(folder: Path, log: Callable[[str], None]) -> Path | None:

@@ -92,7 +92,7 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
 def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool) -> dict[str, Any]:
     from stance.behaviour import find_suite, load_suite, run_suite
     from stance.bootstrap import make_clusters
-    from stance.evaluation import EXAMPLES, SCHEMA, evaluate, score_baselines, write_report
+    from stance.evaluation import EXAMPLES, evaluate, score_baselines, write_report
     from stance.inference import load
     from stance.labels import DEFAULT_TASKS, derives_stance
     from stance.modelcard import write_card
@@ -102,11 +102,9 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.training import load_parts
 
     folder = result.output_dir / "report"
-    stored = folder / "report.json"
-    if stored.is_file():
-        report: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
-        if report.get("schema") == SCHEMA and (not baselines or "baselines" in report):
-            return report
+    stored = _stored_report(result.output_dir, baselines=baselines)
+    if stored is not None:
+        return stored
     parts = load_parts(config)
     split = "test" if parts["test"] else "validation"
     classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto", exact=True)
@@ -128,6 +126,37 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     write_report(report, folder)
     write_html(folder)
     write_card(result.output_dir, report)
+    return report
+
+
+def _stored_report(run: Path, *, baselines: bool) -> dict[str, Any] | None:
+    """Return the report that this command wrote of these weights, its page and card made if missing.
+
+    None if there is none: ``stance evaluate`` may have put another in its place.
+    """
+    from stance.checkpoint import MANIFEST, WEIGHTS, read_json
+    from stance.errors import CheckpointError
+    from stance.evaluation import SCHEMA
+    from stance.modelcard import CARD, write_card
+    from stance.report import write_html
+
+    stored, page = run / "report" / "report.json", run / "report" / "report.html"
+    if not stored.is_file() or not stored.with_name("predictions.jsonl").is_file():
+        return None
+    try:
+        report = read_json(stored.parent, stored.name)
+    except CheckpointError:
+        return None
+    weights = read_json(run, MANIFEST)["files"][WEIGHTS]["sha256"]
+    model = report.get("model")
+    own = report.get("schema") == SCHEMA and isinstance(model, dict) and model.get("sha256") == weights
+    if not own or "examples" not in report or (baselines and "baselines" not in report):
+        return None
+    # The command may have been stopped after it wrote the figures.
+    if not page.is_file() or page.stat().st_mtime_ns < stored.stat().st_mtime_ns:
+        write_html(stored.parent)
+    if not (run / CARD).is_file():
+        write_card(run, report)
     return report
 
 
