@@ -281,6 +281,62 @@ def test_bad_parquet_rows_are_skipped_or_null(model, tmp_path):
     assert rows_of(tmp_path / "skip.parquet.rejects.jsonl")[0]["line"] == 2
 
 
+def parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_files_of_other_types_are_refused_before_a_row_is_labelled(model, tmp_path):
+    one = parquet(tmp_path / "a.parquet", {"text": ["war"] * 40, "n": range(40)})
+    other = parquet(tmp_path / "b.parquet", {"text": ["war"], "n": ["x"]})
+    with pytest.raises(DataError, match=r"b\.parquet: columns must have the types .* int64 vs string"):
+        run(model, [one, other], tmp_path / "out.parquet")
+    assert beside(one) == {"a.parquet", "b.parquet"}
+    run(model, [one, other], tmp_path / "out.jsonl")  # which has no types
+    assert [r["n"] for r in rows_of(tmp_path / "out.jsonl")] == [*range(40), "x"]
+
+
+def test_parquet_files_of_kindred_types_are_one_output(model, tmp_path):
+    small = parquet(tmp_path / "a.parquet", {"text": ["war"], "n": pyarrow.array([1], pyarrow.int8())})
+    large = parquet(tmp_path / "b.parquet", {"n": [2**40], "text": ["peace"]})
+    run(model, [small, large], tmp_path / "out.parquet")
+    assert [(r["text"], r["n"]) for r in rows_of(tmp_path / "out.parquet")] == [("war", 1), ("peace", 2**40)]
+
+
+def test_an_empty_parquet_file_of_other_columns_is_refused(model, tmp_path):
+    empty = parquet(tmp_path / "a.parquet", {"text": pyarrow.array([], pyarrow.string()), "x": []})
+    full = parquet(tmp_path / "b.parquet", {"text": ["war"], "y": [1]})
+    with pytest.raises(DataError, match=r"b\.parquet: columns must be those of .*: text, x; got text, y"):
+        run(model, [empty, full], tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize("into", ["out.parquet", "out.jsonl"])
+def test_a_parquet_column_that_stands_twice_is_refused(model, tmp_path, into):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["war"])] * 3, ["text", "n", "n"])
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: columns stand twice: 'n'"):
+        run(model, tmp_path / "in.parquet", tmp_path / into)
+
+
+@pytest.mark.parametrize("into", ["out.parquet", "out.jsonl"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_parquet_text_that_is_not_utf8_is_a_bad_row(model, tmp_path, into, coded):
+    plain = pyarrow.array([b"war", b"caf\xe9", b"peace"])
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, plain.buffers())
+    columns = {"text": texts.dictionary_encode() if coded else texts, "n": [1, 2, 3]}
+    source = parquet(tmp_path / "in.parquet", columns)
+    with pytest.raises(DataError, match=r"in\.parquet:2: a text is not UTF-8"):
+        run(model, source, tmp_path / into)
+    assert run(model, source, tmp_path / into, on_error="skip", force=True).rejected == 1
+    assert [r["n"] for r in rows_of(tmp_path / into)] == [1, 3]
+    (reject,) = rows_of(tmp_path / f"{into}.rejects.jsonl")
+    assert json.loads(reject["raw"]) == {"text": "caf\\xe9", "n": 2}
+    if into == "out.parquet":  # the bytes stay as they are
+        run(model, source, tmp_path / into, on_error="null", force=True)
+        labels = pyarrow.parquet.read_table(tmp_path / into).select(["n", "stance"]).to_pylist()
+        assert [(r["n"], r["stance"] is None) for r in labels] == [(1, False), (2, True), (3, False)]
+
+
 # --- interrupted runs ----------------------------------------------------------------------------
 
 

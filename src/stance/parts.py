@@ -301,6 +301,24 @@ class TableParts:
         with self._named():
             return pyarrow.table({c: pyarrow.array([row.get(c) for row in rows]) for c in columns})
 
+    def concat(self, tables: Sequence[Any], schema: Any) -> Any:
+        """Return Arrow tables as one of this schema, which has their columns and room for their values."""
+        import pyarrow
+
+        with self._named():
+            fitted = [
+                pyarrow.table(
+                    # Arrow cannot cast a slice of some nested types, even to themselves.
+                    [
+                        c if c.type == f.type else c.cast(f.type)
+                        for c, f in zip(t.columns, schema, strict=True)
+                    ],
+                    schema=schema,
+                )
+                for t in tables
+            ]
+            return pyarrow.concat_tables([schema.empty_table(), *fitted])
+
     def write(self, handle: IO[bytes], table: Any) -> None:
         """Write one part."""
         import pyarrow.parquet

@@ -26,13 +26,17 @@ from stance.errors import DataError, StanceError, UsageError, did_you_mean
 from stance.parts import Progress, TableParts, TextParts, WorkFolder, meta_path
 from stance.records import (
     FORMATS,
+    NOT_UTF8,
     RAW_LIMIT,
     BadRow,
     Record,
     compression,
+    decoded_rows,
     file_format,
+    raw_row,
     read_batches,
     read_rows,
+    read_schema,
     write_rows,
 )
 
@@ -242,6 +246,8 @@ class _ArrowRow:
     index: int
     data: Mapping[str, Any]
     """The columns that are read: text, speaker, context."""
+    problem: str | None = None
+    """Why these cannot be read; the row as a whole can be written."""
 
     @property
     def where(self) -> str:
@@ -282,10 +288,7 @@ def _read(paths: Sequence[str], options: Options, arrow: bool) -> Iterator[_Row]
                 if options.text_column not in names:  # of every row, so no row can be skipped for it
                     raise DataError(f"{row.where}: {_missing(options.text_column, names)}")
                 if first is not None and sorted(names) != sorted(first[1]):
-                    raise DataError(
-                        f"{path}: columns must be those of {first[0]}: {', '.join(first[1])}; got "
-                        f"{', '.join(names)} - label the files apart, or convert them to .jsonl"
-                    )
+                    raise DataError(_other_columns(path, names, *first))
                 first = first or (path, names)
             yield row
 
@@ -297,10 +300,41 @@ def _arrow_rows(path: str, options: Options) -> Iterator[_ArrowRow]:
             for name in (options.text_column, options.speaker_column, options.context_column)
             if name in batch.schema.names
         ]
-        columns = [batch.column(name).to_pylist() for name in names]
-        for index in range(batch.num_rows):
-            data = {name: column[index] for name, column in zip(names, columns, strict=True)}
-            yield _ArrowRow(path, start + index, batch, index, data)
+        read = batch.select(names)
+        for index, data in enumerate(decoded_rows(read)):
+            if data is None:
+                yield _ArrowRow(path, start + index, batch, index, {}, NOT_UTF8)
+            else:
+                yield _ArrowRow(path, start + index, batch, index, data)
+
+
+def _common_schema(paths: Sequence[str], text_column: str) -> Any:
+    """The one Arrow schema that holds the rows of all Parquet files, told before any is labelled."""
+    import pyarrow
+
+    first, *others = ((path, read_schema(path)) for path in paths)
+    schema = first[1]
+    if text_column not in schema.names:
+        raise DataError(f"{first[0]}: {_missing(text_column, schema.names)}")
+    for path, other in others:
+        if sorted(other.names) != sorted(schema.names):
+            raise DataError(_other_columns(path, other.names, first[0], schema.names))
+        try:
+            schema = pyarrow.unify_schemas([schema, other], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise DataError(
+                f"{path}: columns must have the types that they have in {first[0]}: {error} - label the "
+                "files apart, or write .jsonl"
+            ) from None
+    return schema
+
+
+def _other_columns(path: str, names: Sequence[str], first: str, known: Sequence[str]) -> str:
+    """Say that a table has other columns than the first."""
+    return (
+        f"{path}: columns must be those of {first}: {', '.join(known)}; got {', '.join(names)} - label the "
+        "files apart, or convert them to .jsonl"
+    )
 
 
 def _cut(rows: Iterator[_Row], options: Options) -> Iterator[list[_Row]]:
@@ -330,6 +364,8 @@ def _problem(row: _Row, options: Options) -> str | None:
     """Why a row cannot be labelled."""
     if isinstance(row, BadRow):
         return row.reason
+    if isinstance(row, _ArrowRow) and row.problem:
+        return row.problem
     name = options.text_column
     if name not in row.data:
         return _missing(name, list(row.data))
@@ -351,7 +387,13 @@ def _short(value: object) -> str:
 def _raw(row: _Row) -> str:
     if isinstance(row, BadRow):
         return row.raw
-    data = row.batch.slice(row.index, 1).to_pylist()[0] if isinstance(row, _ArrowRow) else row.data
+    if isinstance(row, _ArrowRow):
+        one = row.batch.slice(row.index, 1)
+        data = next(decoded_rows(one))
+        if data is None:
+            return raw_row(one)
+    else:
+        data = row.data
     return json.dumps(data, ensure_ascii=False, default=str)[:RAW_LIMIT]
 
 
@@ -379,6 +421,7 @@ class _Run:
         )
         self._added = {n: v.dtype.kind for n, v in self._labels(classifier.prepare([])).items()}
         self._columns: list[str] | None = None
+        self._schema = _common_schema(self._paths, options.text_column) if self._arrow else None
         self._tables, self._texts = TableParts(output), TextParts(self._kind, output, options.csv_escape)
 
     def _labels(self, prepared: Prepared) -> dict[str, Any]:
@@ -480,10 +523,10 @@ class _Run:
         import pyarrow
 
         rows = self._kept(part) if part else []
-        if self._arrow:
-            schema = pyarrow.parquet.read_schema(self._paths[0])
-            slices = [pyarrow.Table.from_batches([b]).select(schema.names) for b in _slices(rows)]
-            table = pyarrow.concat_tables(slices or [schema.empty_table()], promote_options="permissive")
+        if self._schema is not None:
+            names = self._schema.names
+            slices = [pyarrow.Table.from_batches([b]).select(names) for b in _slices(rows)]
+            table = self._tables.concat(slices, self._schema)
         else:
             plain = list(self._rows(part, {})) if part else []
             table = self._tables.table(plain, self._columns or [])
