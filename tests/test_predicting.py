@@ -468,6 +468,37 @@ def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
         run(model, source, tmp_path / "out.csv", resume=True, prefix="p_")
 
 
+def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, monkeypatch):
+    def killed(path, **options):
+        (path / "part-000000").unlink()
+        raise Stop
+
+    monkeypatch.setattr("stance.parts.shutil.rmtree", killed)
+    with pytest.raises(Stop):
+        run(model, source, tmp_path / "out.csv")
+    monkeypatch.undo()
+    before = (tmp_path / "out.csv").read_bytes()
+    assert run(model, source, tmp_path / "out.csv", resume=True).finished
+    assert (tmp_path / "out.csv").read_bytes() == before
+
+
+def test_a_run_killed_while_it_begins_anew_leaves_nothing_to_resume(model, source, tmp_path, monkeypatch):
+    interrupted(model, source, tmp_path / "out.csv", 2)
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name.startswith("part-"):
+            raise Stop
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(Stop):
+        run(model, source, tmp_path / "out.csv", force=True)
+    monkeypatch.undo()
+    summary = run(model, source, tmp_path / "out.csv", resume=True)
+    assert (summary.labelled, summary.resumed) == (100, 0)
+
+
 def test_two_processes_do_not_write_one_output(model, source, tmp_path):
     other = WorkFolder(tmp_path / "out.csv")
     other.open({"input": "x"}, resume=False)

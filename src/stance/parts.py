@@ -102,18 +102,22 @@ class WorkFolder:
             raise UsageError(
                 f"{self.output}: cannot be written: {error.strerror or error} - choose another place"
             ) from None
-        if resume and self.exists():
-            try:
+        try:
+            if resume and self.exists():
                 self.progress = self._stored()
-            except UsageError:
-                self.close()
-                raise
-            return self.progress
+            else:
+                self._begin()
+        except BaseException:
+            self.close()
+            raise
+        return self.progress
+
+    def _begin(self) -> None:
+        self._forget()
         for path in self.path.iterdir():
             if path.name != "lock":
                 path.unlink()
         self._save()
-        return self.progress
 
     def _take_lock(self) -> None:
         while True:
@@ -200,8 +204,17 @@ class WorkFolder:
 
     def discard(self) -> None:
         """Remove the work folder and give the lock back."""
+        self._forget()
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+    def _forget(self) -> None:
+        """Remove the state before the parts it tells of: killed between, there is nothing to resume."""
+        try:
+            (self.path / "state.json").unlink(missing_ok=True)
+        except OSError:
+            return  # then the parts cannot be removed either
+        _sync_folder(self.path)
 
     def close(self) -> None:
         """Give the lock back; the work stays for --resume."""
