@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -245,6 +246,38 @@ def test_bad_rows_are_kept_without_labels(model, bad, tmp_path, suffix):
     assert [bool(r["stance"]) for r in rows] == [True] + [False] * 8 + [True]
     assert {r["lean"] for r in rows[1:-1]} <= {None, ""}
     assert len(rows_of(output.with_name(output.name + ".rejects.jsonl"))) == 8
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_bad_rows_before_the_columns_are_known_have_them_too(model, tmp_path, suffix):
+    """A part of bad rows alone is laid out as the others, however the threads run."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("{broken\n" * 40 + '{"text": "war", "n": 1}\n')
+    output = tmp_path / f"out{suffix}"
+    assert run(model, source, output, on_error="null", part_rows=4).rejected == 40
+    rows = rows_of(output)
+    assert len(rows) == 41
+    assert all(list(row)[:3] == ["text", "n", "stance"] for row in rows)
+    assert {(row["text"], row["stance"]) for row in rows[:40]} <= {("", ""), (None, None)}
+    interrupted(model, source, tmp_path / f"again{suffix}", 3, on_error="null", part_rows=4)
+    run(model, source, tmp_path / f"again{suffix}", on_error="null", part_rows=4, resume=True)
+    assert (tmp_path / f"again{suffix}").read_bytes() == output.read_bytes()
+
+
+def test_bad_rows_of_standard_input_have_the_columns_too(model, tmp_path, monkeypatch):
+    lines = b"{broken\n" * 10 + b'{"text": "war", "n": 1}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    run(model, [Path("-")], tmp_path / "out.csv", on_error="null", part_rows=4)
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["n"] for row in rows] == [""] * 10 + ["1"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_an_input_of_bad_rows_alone_is_kept_without_labels(model, tmp_path, suffix):
+    (tmp_path / "in.jsonl").write_text("{broken\n" * 5)
+    output = tmp_path / f"out{suffix}"
+    assert run(model, tmp_path / "in.jsonl", output, on_error="null", part_rows=4).labelled == 0
+    assert [row["stance"] or None for row in rows_of(output)] == [None] * 5
 
 
 def test_the_first_bad_row_ends_the_run(model, bad, tmp_path):

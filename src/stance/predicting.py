@@ -434,10 +434,12 @@ class _Run:
     def _parts(self, start: Progress) -> Iterator[_Part]:
         """Yield the parts of this shard from where an earlier run stopped, checked and tokenised."""
         self._columns = start.columns
-        rows = itertools.islice(_read(self._paths, self._options, self._arrow), start.rows, None)
+        rows = _read(self._paths, self._options, self._arrow)
+        if self._columns is None:
+            rows = self._learn_columns(rows)
+        rows = itertools.islice(rows, start.rows, None)
         index, number = self._options.shard
         for at, chunk in enumerate(_cut(rows, self._options), start.source_parts):
-            self._learn_columns(chunk)
             mine = at % number == index - 1
             part = _Part(len(chunk), chunk if mine else [], mine)
             if mine:
@@ -453,16 +455,24 @@ class _Run:
         speaker, context, text = (data.get(name) or "" for name in names)
         return speaker, context, text
 
-    def _learn_columns(self, rows: Iterable[_Row]) -> None:
-        """Take the output's columns from the first row that can be read."""
-        if self._columns is not None:
-            return
-        for row in rows:
+    def _learn_columns(self, rows: Iterator[_Row]) -> Iterator[_Row]:
+        """Take the output's columns from the first row that can be read, and return all rows again.
+
+        It may stand in a later part, while the parts before need the columns too. Files are read
+        twice up to there; of standard input the rows are held.
+        """
+        again = "-" not in self._paths
+        held: list[_Row] = []
+        for row in _read(self._paths, self._options, self._arrow) if again else rows:
+            if not again:
+                held.append(row)
             if not isinstance(row, BadRow):
                 names = row.batch.schema.names if isinstance(row, _ArrowRow) else list(row.data)
                 self._refuse_taken(names)
                 self._columns = list(names)
-                return
+            if not isinstance(row, BadRow) or self._options.on_error == "fail":
+                break
+        return itertools.chain(held, rows)
 
     def _refuse_taken(self, names: Iterable[str]) -> None:
         here = set(names)
@@ -519,7 +529,10 @@ class _Run:
             yield data
 
     def _table(self, part: _Part | None, values: Mapping[str, list[Any]]) -> Any:
-        """The part as an Arrow table; without a part one of no rows, for its columns."""
+        """The part as an Arrow table; without a part one of no rows, for its columns.
+
+        Where no row of the input could be read, the added columns are all there are.
+        """
         import pyarrow
 
         rows = self._kept(part) if part else []
@@ -530,9 +543,15 @@ class _Run:
         else:
             plain = list(self._rows(part, {})) if part else []
             table = self._tables.table(plain, self._columns or [])
-        for name, kind in self._added.items():
-            arrow = {"O": pyarrow.string(), "b": pyarrow.bool_()}.get(kind, pyarrow.float64())
-            table = table.append_column(name, pyarrow.array(values.get(name, []), arrow))
+        arrow = {"O": pyarrow.string(), "b": pyarrow.bool_()}
+        added = {
+            name: pyarrow.array(values.get(name, []), arrow.get(kind, pyarrow.float64()))
+            for name, kind in self._added.items()
+        }
+        if not table.column_names:
+            return pyarrow.table(added)
+        for name, column in added.items():
+            table = table.append_column(name, column)
         return table
 
     def _write(self, work: WorkFolder, part: _Part, values: Mapping[str, list[Any]], done: Progress) -> None:
