@@ -178,6 +178,19 @@ def test_an_int8_graph_needs_fp32_to_compare_with(exported, tmp_path):
     assert open_backend(bare, meta, backend="onnxruntime", device="cpu").precision == "int8"
 
 
+def test_an_export_is_opened_on_the_processor_where_there_is_a_gpu(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_on_gpu", lambda device: device != "cpu")
+    bare = Path(shutil.copytree(exported, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    meta = meta_of(exported, **ALL)
+    for folder, name in ((exported, "onnxruntime"), (exported, "openvino"), (bare, "onnxruntime")):
+        opened = open_backend(folder, meta, backend=name)
+        assert (opened.name, opened.device) == (name, "cpu")
+    assert open_backend(bare, meta, exact=True).name == "openvino"
+    with pytest.raises(UsageError, match="device must be cpu for .*bare, which has no torch weights"):
+        open_backend(bare, meta, device="cuda")
+
+
 def test_a_damaged_graph_is_passed_over_or_named(exported, tmp_path):
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     (broken / "onnx" / "model.onnx").write_bytes(b"nothing")

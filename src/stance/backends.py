@@ -207,7 +207,8 @@ def open_backend(
         folder: a folder that :func:`stance.checkpoint.check_model_folder` has passed.
         meta: its ``stance.json``.
         backend: one of :data:`BACKENDS`.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        device: ``auto`` (CUDA if there is one and the folder holds torch weights that may be taken),
+            ``cpu``, ``cuda`` or ``cuda:1``.
         exact: only fp32.
         rows: about how many statements there will be; None: not known.
         log: told of what was passed over.
@@ -221,9 +222,12 @@ def open_backend(
             f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{did_you_mean(backend, BACKENDS)}"
         )
     opener = _Opener(folder, meta)
-    if _on_gpu(device):
+    for_torch = backend in ("auto", "torch") and (folder / "model.safetensors").is_file()
+    if (for_torch or device != "auto") and _on_gpu(device):
         if backend in ("onnxruntime", "openvino"):
             raise UsageError(f"device must be cpu for the backend {backend}; got {device!r}")
+        if not for_torch:
+            raise UsageError(f"device must be cpu for {folder}, which has no torch weights; got {device!r}")
         candidates = [_Candidate("torch", p) for p in ("bf16", "fp32")]
         opener.device = "cuda" if device == "auto" else device
     else:
