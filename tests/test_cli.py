@@ -455,11 +455,13 @@ def test_an_existing_output_is_kept_unless_forced(stance, trained, tmp_path):
     assert len(read(target)) == 3
 
 
-def test_a_file_can_be_labelled_in_place(stance, trained, tmp_path):
+def test_the_input_is_kept_even_if_forced(stance, trained, tmp_path):
     source = write(tmp_path / "in.csv", STATEMENTS)
-    assert stance("predict", trained, source, "-o", source, "--force").code == 0
-    assert [r["text"] for r in read(source)] == [s["text"] for s in STATEMENTS]
-    assert "stance" in read(source)[0]
+    before = source.read_bytes()
+    result = stance("predict", trained, source, "-o", source, "--force")
+    assert result.code == 2
+    assert "is the input, which would be lost" in result.err
+    assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(

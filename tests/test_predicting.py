@@ -181,6 +181,18 @@ def test_a_damaged_archive_is_named(model, tmp_path, suffix):
         run(model, packed, tmp_path / "out.jsonl", prefix="p_")
 
 
+def test_numbers_that_json_has_not_are_null(model, tmp_path):
+    numbers = [1.5, float("nan"), float("inf")]
+    nested = [{"a": [n]} for n in numbers]
+    source = parquet(tmp_path / "in.parquet", {"text": ["war"] * 3, "n": numbers, "nested": nested})
+    for suffix in (".jsonl", ".csv"):
+        run(model, source, tmp_path / f"out{suffix}")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [(r["n"], r["nested"]) for r in rows] == [(1.5, {"a": [1.5]}), *[(None, {"a": [None]})] * 2]
+    assert [r["nested"] for r in rows_of(tmp_path / "out.csv")] == ['{"a": [1.5]}', *['{"a": [null]}'] * 2]
+
+
 def test_formula_cells_are_escaped_and_come_back(model, tmp_path):
     notes = ["=1+1", "+a", "-b", "@c", "\tx", "\r=", "'=quoted", "-5", "+1.5e3", "'tis", "plain", "''@"]
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "war", "note": n} for n in notes])
@@ -530,6 +542,30 @@ def test_a_run_killed_while_it_begins_anew_leaves_nothing_to_resume(model, sourc
     monkeypatch.undo()
     summary = run(model, source, tmp_path / "out.csv", resume=True)
     assert (summary.labelled, summary.resumed) == (100, 0)
+
+
+def test_the_rows_written_are_counted_when_on_error_changes(model, bad, tmp_path):
+    bad.write_bytes(b"\n".join(BAD * 8) + b"\n")
+    interrupted(model, bad, tmp_path / "out.jsonl", 2, on_error="null")
+    run(model, bad, tmp_path / "out.jsonl", on_error="skip", resume=True)
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert meta["rows"] == len(rows_of(tmp_path / "out.jsonl"))
+    assert meta["rows"] > meta["labelled"] == 16
+
+
+def test_the_name_of_the_work_folder_is_on_the_disk_before_its_state(model, source, tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr("stance.parts._sync_folder", synced.append)
+    run(model, source, tmp_path / "out.csv")
+    assert synced[0] == tmp_path
+
+
+@pytest.mark.parametrize("call", [{}, {"force": True}, {"resume": True}])
+def test_the_input_is_not_overwritten(source, tmp_path, call):
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for name in (source, tmp_path / "x" / ".." / "in.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match="is the input, which would be lost - choose another name"):
+            check_call([str(source)], str(name), Options(), **call)
 
 
 def test_two_processes_do_not_write_one_output(model, source, tmp_path):

@@ -53,6 +53,7 @@ class Progress:
         rows: rows of the input that are done.
         labelled: rows with labels.
         rejected: rows without.
+        written: rows in the part files.
         columns: the input's columns, once known.
     """
 
@@ -61,6 +62,7 @@ class Progress:
     rows: int = 0
     labelled: int = 0
     rejected: int = 0
+    written: int = 0
     columns: list[str] | None = None
 
 
@@ -122,6 +124,7 @@ class WorkFolder:
     def _take_lock(self) -> None:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.path.parent)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             if not _locked(handle):
                 os.close(handle)

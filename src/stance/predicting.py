@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
@@ -141,6 +142,8 @@ def check_call(
     target = Path(output)
     if target.is_dir():
         raise UsageError(f"{output}: is a folder - give the name of a file")
+    if any(os.path.realpath(path) == os.path.realpath(output) for path in paths if path != "-"):
+        raise UsageError(f"{output}: is the input, which would be lost - choose another name")
     if resume or force:
         return
     if target.exists():
@@ -586,6 +589,7 @@ class _Run:
             rows=before.rows + part.count,
             labelled=before.labelled + len(part.rows) - bad,
             rejected=before.rejected + bad,
+            written=before.written + len(self._kept(part)),
             columns=self._columns,
         )
 
@@ -667,7 +671,7 @@ class _Run:
         return {
             "stance_version": __version__,
             **self._identity,
-            "rows": done.labelled + (done.rejected if self._options.on_error == "null" else 0),
+            "rows": done.written,
             "labelled": done.labelled,
             "rejected": done.rejected,
         }

@@ -12,6 +12,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -570,14 +571,30 @@ def write_rows(
     if kind == "text":
         raise UsageError("plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet")
     for count, row in enumerate(rows, 1):  # noqa: B007
-        handle.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+        handle.write(_json(row) + "\n")
     return count
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=_plain)
+        return _json(value)
     return "" if value is None else value
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for the numbers that JSON has not: NaN and the infinite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> str:
