@@ -243,7 +243,7 @@ def test_an_export_is_opened_on_the_processor_where_there_is_a_gpu(exported, tmp
         opened = open_backend(folder, meta, backend=name)
         assert (opened.name, opened.device) == (name, "cpu")
     assert open_backend(bare, meta, exact=True).name == "openvino"
-    with pytest.raises(UsageError, match="device must be cpu for .*bare, which has no torch weights"):
+    with pytest.raises(UsageError, match=r"device must be cpu for .*bare, which has no torch weights"):
         open_backend(bare, meta, device="cuda")
 
 

@@ -521,6 +521,25 @@ def test_bad_rows_of_standard_input_are_named(stance, trained):
     assert "-:2: text must be text" in result.err
 
 
+def test_rows_that_standard_output_lacks_are_told_even_quietly(stance, trained):
+    lines = '{"text": "war"}\n{"text": null}\n'
+    result = stance("predict", trained, "-", "-q", "--on-error", "skip", stdin=lines)
+    assert (result.code, len(parse(result.out))) == (0, 1)
+    first, last = result.err.splitlines()
+    assert first.startswith("-:2: text must be text")
+    assert last.startswith("1 statements labelled, 1 rows rejected")
+    assert stance("predict", trained, "-", "-q", stdin='{"text": "war"}\n').err == ""
+
+
+def test_standard_output_is_utf8_in_any_locale(stance, trained, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", newline="\r\n"))
+    assert stance("predict", trained, "-", "-q", stdin='{"text": "wörld 🌍"}\n').code == 0
+    (line,) = raw.getvalue().splitlines(keepends=True)
+    assert json.loads(line.decode())["text"] == "wörld 🌍"
+    assert not line.endswith(b"\r\n")
+
+
 def test_a_folder_of_several_files_is_not_half_read(stance, trained, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -484,6 +484,21 @@ def test_after_a_bad_row_the_rows_before_are_kept(model, tmp_path):
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_types_that_no_column_can_hold_end_the_run_early(model, tmp_path, resume):
+    """At the part that brings them, not after all is labelled; what is done cannot be gone on with."""
+    numbers = [{"text": f"war {i}", "id": i} for i in range(32)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*numbers, *[{"text": "peace", "id": "x"}] * 400])
+    if resume:
+        interrupted(model, source, tmp_path / "out.parquet", 2)
+    lines: list[str] = []
+    with pytest.raises(DataError, match=r"Parquet cannot hold these columns: .*id.* - write \.jsonl"):
+        run(model, source, tmp_path / "out.parquet", log=lines.append, resume=resume)
+    assert not any("--on-error" in line for line in lines)
+    state = json.loads((tmp_path / ".out.parquet.stance" / "state.json").read_text())
+    assert state["progress"]["rows"] == 32
+
+
 def test_a_full_disk_loses_nothing(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "whole.csv")
     sync, calls = os.fsync, []

@@ -294,10 +294,28 @@ class TextParts:
 
 
 class TableParts:
-    """Parts of Parquet; each has the types of its rows, which are brought together at the end."""
+    """Parts of Parquet; each has the types of its rows, which are brought together at the end.
+
+    That they can be is seen at each part, before rows after it are labelled for nothing.
+    """
 
     def __init__(self, name: str):
         self._name = name
+        self._schema: Any = None
+
+    def take_up(self, parts: Sequence[Path]) -> None:
+        """Go on after parts that were written before."""
+        import pyarrow.parquet
+
+        with self._named():
+            for part in parts:
+                self._agree(pyarrow.parquet.read_schema(part))
+
+    def _agree(self, schema: Any) -> None:
+        import pyarrow
+
+        known = [schema] if self._schema is None else [self._schema, schema]
+        self._schema = pyarrow.unify_schemas(known, promote_options="permissive")
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -340,6 +358,7 @@ class TableParts:
         import pyarrow.parquet
 
         with self._named():
+            self._agree(table.schema)
             pyarrow.parquet.write_table(table, handle)
 
     def join(self, handle: IO[bytes], parts: Sequence[Path], empty: Any, meta: Mapping[str, Any]) -> None:

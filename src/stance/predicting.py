@@ -9,6 +9,7 @@ shards of an input the rows of the whole.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -424,6 +425,7 @@ class _Run:
         )
         self._added = {n: v.dtype.kind for n, v in self._labels(classifier.prepare([])).items()}
         self._columns: list[str] | None = None
+        self._unreadable: DataError | None = None
         self._schema = _common_schema(self._paths, options.text_column) if self._arrow else None
         self._tables, self._texts = TableParts(output), TextParts(self._kind, output, options.csv_escape)
 
@@ -435,6 +437,14 @@ class _Run:
     # reading
 
     def _parts(self, start: Progress) -> Iterator[_Part]:
+        """As :meth:`_read_parts`; notes the error that a row of the input gave."""
+        try:
+            yield from self._read_parts(start)
+        except DataError as error:
+            self._unreadable = error
+            raise
+
+    def _read_parts(self, start: Progress) -> Iterator[_Part]:
         """Yield the parts of this shard from where an earlier run stopped, checked and tokenised."""
         self._columns = start.columns
         rows = _read(self._paths, self._options, self._arrow)
@@ -596,7 +606,9 @@ class _Run:
     # the two ways out
 
     def to_stream(self, bar: _Bar, log: Callable[[str], None]) -> Summary:
-        """Write JSONL to standard output; rows that are rejected go to the log."""
+        """Write JSONL to standard output, UTF-8 in any locale; rows that are rejected go to the log."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         done = Progress()
         for part in self._ahead(self._parts(done)):
             values = self._values(part)
@@ -619,6 +631,8 @@ class _Run:
             log(f"going on after {resumed} rows")
             bar.update(resumed)
         try:
+            if self._kind == "parquet":
+                self._tables.take_up([work.part(number) for number in range(done.parts)])
             done = self._run(work, done, bar)
             self._refuse_empty(done)
             self._columns = done.columns
@@ -627,7 +641,7 @@ class _Run:
         except BaseException as error:
             if work.progress.rows == 0:
                 work.discard()
-            elif isinstance(error, DataError):
+            elif error is self._unreadable:
                 log(
                     f"{work.progress.rows} rows are done and kept - begin anew with --force when the input is "
                     "mended, or go on with --resume --on-error skip (or null)"
