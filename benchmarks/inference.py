@@ -36,12 +36,14 @@ PIPELINE = """
 import json, sys
 from pathlib import Path
 import stance.model
+from stance.template import segments
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 pipe = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]),
                 batch_size=32, device=-1, truncation=True, max_length=128)
 rows = [json.loads(line) for line in Path(sys.argv[2]).open()]
-pairs = ({"text": r["speaker"], "text_pair": r["text"]} for r in rows)
+mark = json.loads(Path(sys.argv[1], "stance.json").read_text()).get("mark_speaker") is True
+pairs = (dict(zip(("text", "text_pair"), segments(r["speaker"], "", r["text"], mark_speaker=mark))) for r in rows)
 with open(sys.argv[3], "w") as out:
     for row, label in zip(rows, pipe(list(pairs))):
         out.write(json.dumps({**row, **label}) + "\\n")
@@ -141,7 +143,9 @@ def operations(model: Path, rows: list[dict[str, Any]]) -> float:
     config = config.get("encoder", config)
     hidden, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     distinct = {(r["speaker"], "", r["text"]) for r in rows}
-    lengths = PairEncoder(model, 128).encode(sorted(distinct)).lengths().astype(float)
+    mark = json.loads((model / "stance.json").read_text()).get("mark_speaker") is True
+    encoder = PairEncoder(model, 128, mark_speaker=mark)
+    lengths = encoder.encode(sorted(distinct)).lengths().astype(float)
     linear = 2 * (4 * hidden * hidden + 2 * hidden * inner) * lengths.sum()
     attention = 4 * hidden * (lengths**2).sum()
     return float(layers * (linear + attention))

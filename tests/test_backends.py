@@ -165,6 +165,62 @@ def test_a_damaged_verdict_is_measured_again(trained, monkeypatch, cache):
     assert json.loads(verdict.read_text()) == {"reason": ""}
 
 
+@pytest.mark.parametrize("change", ["statements", "library", "stance", "gpu"])
+def test_a_verdict_holds_for_what_it_was_measured_with(trained, monkeypatch, cache, change):
+    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    open_backend(trained, meta_of(trained), device="cpu")
+    if change == "statements":
+        monkeypatch.setattr(backends, "_WHEN", ("", "On Friday: "))
+    elif change == "library":
+        plain = backends._version
+        monkeypatch.setattr(backends, "_version", lambda n: "0" if n == "transformers" else plain(n))
+    elif change == "stance":
+        monkeypatch.setattr("stance.__version__", "99")
+    else:
+        monkeypatch.setattr(backends, "_gpu", lambda device: "another")
+    open_backend(trained, meta_of(trained), device="cpu")
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_gate_compares_calibrated_probabilities(trained):
+    class Constant:
+        def __init__(self, first: float):
+            self.first = first
+
+        def logits(self, batch):
+            values = np.zeros((len(batch["input_ids"]), 9), dtype=np.float32)
+            values[:, ::3] = self.first
+            return values
+
+    encoder, meta = PairEncoder(trained, 48), check_model_folder(trained)[0]
+    for temperature in (0.5, 4.0):
+        at = {**meta, "temperatures": {task["name"]: temperature for task in meta["tasks"]}}
+        flips, difference = backends.parity(Constant(1.0), Constant(2.0), encoder, at)
+        p, q = (np.exp([x / temperature, 0, 0]) for x in (1.0, 2.0))
+        assert flips == 0
+        assert difference == pytest.approx(np.abs(p / p.sum() - q / q.sum()).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", ["1,2", "", "many", " 2 "])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_any_number_of_threads_in_the_environment_is_read(exported, monkeypatch, name, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    opened = open_backend(exported, meta_of(exported, **ALL), backend=name, device="cpu", exact=True)
+    assert opened.name == name
+
+
+def test_whatever_a_candidate_raises_the_next_is_tried(exported, monkeypatch):
+    class Failing:
+        def __init__(self, *arguments):
+            raise ValueError("no such instruction\nand a long story")
+
+    monkeypatch.setattr(backends, "OpenVinoBackend", Failing)
+    lines: list[str] = []
+    opened = open_backend(exported, meta_of(exported, **ALL), device="cpu", exact=True, log=lines.append)
+    assert opened.name == "onnxruntime"
+    assert lines == ["openvino fp32 passed over: no such instruction"]
+
+
 def test_an_int8_graph_needs_fp32_to_compare_with(exported, tmp_path):
     bare = Path(shutil.copytree(exported, tmp_path / "bare"))
     (bare / "model.safetensors").unlink()
@@ -176,6 +232,19 @@ def test_an_int8_graph_needs_fp32_to_compare_with(exported, tmp_path):
         open_backend(bare, meta, backend="onnxruntime", device="cpu")
     meta["exports"]["onnx/model.onnx"]["parity"] = {"labels": 1.0}  # the export has compared it
     assert open_backend(bare, meta, backend="onnxruntime", device="cpu").precision == "int8"
+
+
+def test_an_export_is_opened_on_the_processor_where_there_is_a_gpu(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_on_gpu", lambda device: device != "cpu")
+    bare = Path(shutil.copytree(exported, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    meta = meta_of(exported, **ALL)
+    for folder, name in ((exported, "onnxruntime"), (exported, "openvino"), (bare, "onnxruntime")):
+        opened = open_backend(folder, meta, backend=name)
+        assert (opened.name, opened.device) == (name, "cpu")
+    assert open_backend(bare, meta, exact=True).name == "openvino"
+    with pytest.raises(UsageError, match=r"device must be cpu for .*bare, which has no torch weights"):
+        open_backend(bare, meta, device="cuda")
 
 
 def test_a_damaged_graph_is_passed_over_or_named(exported, tmp_path):

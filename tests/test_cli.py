@@ -494,11 +494,13 @@ def test_an_existing_output_is_kept_unless_forced(stance, trained, tmp_path):
     assert len(read(target)) == 3
 
 
-def test_a_file_can_be_labelled_in_place(stance, trained, tmp_path):
+def test_the_input_is_kept_even_if_forced(stance, trained, tmp_path):
     source = write(tmp_path / "in.csv", STATEMENTS)
-    assert stance("predict", trained, source, "-o", source, "--force").code == 0
-    assert [r["text"] for r in read(source)] == [s["text"] for s in STATEMENTS]
-    assert "stance" in read(source)[0]
+    before = source.read_bytes()
+    result = stance("predict", trained, source, "-o", source, "--force")
+    assert result.code == 2
+    assert "is the input, which would be lost" in result.err
+    assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -556,6 +558,25 @@ def test_bad_rows_of_standard_input_are_named(stance, trained):
     result = stance("predict", trained, "-", stdin='{"text": "war"}\n{"text": null}\n')
     assert (result.code, result.out) == (3, "")
     assert "-:2: text must be text" in result.err
+
+
+def test_rows_that_standard_output_lacks_are_told_even_quietly(stance, trained):
+    lines = '{"text": "war"}\n{"text": null}\n'
+    result = stance("predict", trained, "-", "-q", "--on-error", "skip", stdin=lines)
+    assert (result.code, len(parse(result.out))) == (0, 1)
+    first, last = result.err.splitlines()
+    assert first.startswith("-:2: text must be text")
+    assert last.startswith("1 statements labelled, 1 rows rejected")
+    assert stance("predict", trained, "-", "-q", stdin='{"text": "war"}\n').err == ""
+
+
+def test_standard_output_is_utf8_in_any_locale(stance, trained, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", newline="\r\n"))
+    assert stance("predict", trained, "-", "-q", stdin='{"text": "wörld 🌍"}\n').code == 0
+    (line,) = raw.getvalue().splitlines(keepends=True)
+    assert json.loads(line.decode())["text"] == "wörld 🌍"
+    assert not line.endswith(b"\r\n")
 
 
 def test_a_folder_of_several_files_is_not_half_read(stance, trained, tmp_path):

@@ -455,6 +455,20 @@ def test_one_statement_alone_is_refused(model, bare):
         list(model.predict_stream(bare))
 
 
+@pytest.mark.parametrize("table", tables(), ids=["arrow", "pandas"])
+def test_a_table_is_no_list_of_statements(model, table):
+    for ask in (model.predict, model.predict_proba, lambda rows: list(model.predict_stream(rows))):
+        with pytest.raises(TypeError, match=r"got a (Table|DataFrame) - write predict_table\(table\)"):
+            ask(table)
+
+
+def test_the_rows_of_a_dataset_are_statements(model):
+    import datasets
+
+    rows = [{"text": "we will meet", "speaker": "the envoy"}, {"text": "war", "speaker": ""}]
+    assert model.predict(datasets.Dataset.from_list(rows)) == model.predict(rows)
+
+
 @pytest.mark.parametrize(
     "empty", ["", "  \n", ("the envoy", ""), {"text": None}, {"speaker": "x"}, Statement(" ")]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -180,6 +181,18 @@ def test_a_damaged_archive_is_named(model, tmp_path, suffix):
         run(model, packed, tmp_path / "out.jsonl", prefix="p_")
 
 
+def test_numbers_that_json_has_not_are_null(model, tmp_path):
+    numbers = [1.5, float("nan"), float("inf")]
+    nested = [{"a": [n]} for n in numbers]
+    source = parquet(tmp_path / "in.parquet", {"text": ["war"] * 3, "n": numbers, "nested": nested})
+    for suffix in (".jsonl", ".csv"):
+        run(model, source, tmp_path / f"out{suffix}")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [(r["n"], r["nested"]) for r in rows] == [(1.5, {"a": [1.5]}), *[(None, {"a": [None]})] * 2]
+    assert [r["nested"] for r in rows_of(tmp_path / "out.csv")] == ['{"a": [1.5]}', *['{"a": [null]}'] * 2]
+
+
 def test_formula_cells_are_escaped_and_come_back(model, tmp_path):
     notes = ["=1+1", "+a", "-b", "@c", "\tx", "\r=", "'=quoted", "-5", "+1.5e3", "'tis", "plain", "''@"]
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "war", "note": n} for n in notes])
@@ -247,6 +260,38 @@ def test_bad_rows_are_kept_without_labels(model, bad, tmp_path, suffix):
     assert len(rows_of(output.with_name(output.name + ".rejects.jsonl"))) == 8
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_bad_rows_before_the_columns_are_known_have_them_too(model, tmp_path, suffix):
+    """A part of bad rows alone is laid out as the others, however the threads run."""
+    source = tmp_path / "in.jsonl"
+    source.write_text("{broken\n" * 40 + '{"text": "war", "n": 1}\n')
+    output = tmp_path / f"out{suffix}"
+    assert run(model, source, output, on_error="null", part_rows=4).rejected == 40
+    rows = rows_of(output)
+    assert len(rows) == 41
+    assert all(list(row)[:3] == ["text", "n", "stance"] for row in rows)
+    assert {(row["text"], row["stance"]) for row in rows[:40]} <= {("", ""), (None, None)}
+    interrupted(model, source, tmp_path / f"again{suffix}", 3, on_error="null", part_rows=4)
+    run(model, source, tmp_path / f"again{suffix}", on_error="null", part_rows=4, resume=True)
+    assert (tmp_path / f"again{suffix}").read_bytes() == output.read_bytes()
+
+
+def test_bad_rows_of_standard_input_have_the_columns_too(model, tmp_path, monkeypatch):
+    lines = b"{broken\n" * 10 + b'{"text": "war", "n": 1}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    run(model, [Path("-")], tmp_path / "out.csv", on_error="null", part_rows=4)
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["n"] for row in rows] == [""] * 10 + ["1"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_an_input_of_bad_rows_alone_is_kept_without_labels(model, tmp_path, suffix):
+    (tmp_path / "in.jsonl").write_text("{broken\n" * 5)
+    output = tmp_path / f"out{suffix}"
+    assert run(model, tmp_path / "in.jsonl", output, on_error="null", part_rows=4).labelled == 0
+    assert [row["stance"] or None for row in rows_of(output)] == [None] * 5
+
+
 def test_the_first_bad_row_ends_the_run(model, bad, tmp_path):
     with pytest.raises(DataError, match=r"bad\.jsonl:2: text must be text that is not empty"):
         run(model, bad, tmp_path / "out.jsonl")
@@ -279,6 +324,62 @@ def test_bad_parquet_rows_are_skipped_or_null(model, tmp_path):
         (1, False), (2, True), (3, False), (4, True),
     ]  # fmt: skip
     assert rows_of(tmp_path / "skip.parquet.rejects.jsonl")[0]["line"] == 2
+
+
+def parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_files_of_other_types_are_refused_before_a_row_is_labelled(model, tmp_path):
+    one = parquet(tmp_path / "a.parquet", {"text": ["war"] * 40, "n": range(40)})
+    other = parquet(tmp_path / "b.parquet", {"text": ["war"], "n": ["x"]})
+    with pytest.raises(DataError, match=r"b\.parquet: columns must have the types .* int64 vs string"):
+        run(model, [one, other], tmp_path / "out.parquet")
+    assert beside(one) == {"a.parquet", "b.parquet"}
+    run(model, [one, other], tmp_path / "out.jsonl")  # which has no types
+    assert [r["n"] for r in rows_of(tmp_path / "out.jsonl")] == [*range(40), "x"]
+
+
+def test_parquet_files_of_kindred_types_are_one_output(model, tmp_path):
+    small = parquet(tmp_path / "a.parquet", {"text": ["war"], "n": pyarrow.array([1], pyarrow.int8())})
+    large = parquet(tmp_path / "b.parquet", {"n": [2**40], "text": ["peace"]})
+    run(model, [small, large], tmp_path / "out.parquet")
+    assert [(r["text"], r["n"]) for r in rows_of(tmp_path / "out.parquet")] == [("war", 1), ("peace", 2**40)]
+
+
+def test_an_empty_parquet_file_of_other_columns_is_refused(model, tmp_path):
+    empty = parquet(tmp_path / "a.parquet", {"text": pyarrow.array([], pyarrow.string()), "x": []})
+    full = parquet(tmp_path / "b.parquet", {"text": ["war"], "y": [1]})
+    with pytest.raises(DataError, match=r"b\.parquet: columns must be those of .*: text, x; got text, y"):
+        run(model, [empty, full], tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize("into", ["out.parquet", "out.jsonl"])
+def test_a_parquet_column_that_stands_twice_is_refused(model, tmp_path, into):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["war"])] * 3, ["text", "n", "n"])
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet: columns stand twice: 'n'"):
+        run(model, tmp_path / "in.parquet", tmp_path / into)
+
+
+@pytest.mark.parametrize("into", ["out.parquet", "out.jsonl"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_parquet_text_that_is_not_utf8_is_a_bad_row(model, tmp_path, into, coded):
+    plain = pyarrow.array([b"war", b"caf\xe9", b"peace"])
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, plain.buffers())
+    columns = {"text": texts.dictionary_encode() if coded else texts, "n": [1, 2, 3]}
+    source = parquet(tmp_path / "in.parquet", columns)
+    with pytest.raises(DataError, match=r"in\.parquet:2: a text is not UTF-8"):
+        run(model, source, tmp_path / into)
+    assert run(model, source, tmp_path / into, on_error="skip", force=True).rejected == 1
+    assert [r["n"] for r in rows_of(tmp_path / into)] == [1, 3]
+    (reject,) = rows_of(tmp_path / f"{into}.rejects.jsonl")
+    assert json.loads(reject["raw"]) == {"text": "caf\\xe9", "n": 2}
+    if into == "out.parquet":  # the bytes stay as they are
+        run(model, source, tmp_path / into, on_error="null", force=True)
+        labels = pyarrow.parquet.read_table(tmp_path / into).select(["n", "stance"]).to_pylist()
+        assert [(r["n"], r["stance"] is None) for r in labels] == [(1, False), (2, True), (3, False)]
 
 
 # --- interrupted runs ----------------------------------------------------------------------------
@@ -383,6 +484,21 @@ def test_after_a_bad_row_the_rows_before_are_kept(model, tmp_path):
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_types_that_no_column_can_hold_end_the_run_early(model, tmp_path, resume):
+    """At the part that brings them, not after all is labelled; what is done cannot be gone on with."""
+    numbers = [{"text": f"war {i}", "id": i} for i in range(32)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*numbers, *[{"text": "peace", "id": "x"}] * 400])
+    if resume:
+        interrupted(model, source, tmp_path / "out.parquet", 2)
+    lines: list[str] = []
+    with pytest.raises(DataError, match=r"Parquet cannot hold these columns: .*id.* - write \.jsonl"):
+        run(model, source, tmp_path / "out.parquet", log=lines.append, resume=resume)
+    assert not any("--on-error" in line for line in lines)
+    state = json.loads((tmp_path / ".out.parquet.stance" / "state.json").read_text())
+    assert state["progress"]["rows"] == 32
+
+
 def test_a_full_disk_loses_nothing(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "whole.csv")
     sync, calls = os.fsync, []
@@ -410,6 +526,61 @@ def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
     assert summary.labelled == 100
     with pytest.raises(UsageError, match="exists already, of another run"):
         run(model, source, tmp_path / "out.csv", resume=True, prefix="p_")
+
+
+def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, monkeypatch):
+    def killed(path, **options):
+        (path / "part-000000").unlink()
+        raise Stop
+
+    monkeypatch.setattr("stance.parts.shutil.rmtree", killed)
+    with pytest.raises(Stop):
+        run(model, source, tmp_path / "out.csv")
+    monkeypatch.undo()
+    before = (tmp_path / "out.csv").read_bytes()
+    assert run(model, source, tmp_path / "out.csv", resume=True).finished
+    assert (tmp_path / "out.csv").read_bytes() == before
+
+
+def test_a_run_killed_while_it_begins_anew_leaves_nothing_to_resume(model, source, tmp_path, monkeypatch):
+    interrupted(model, source, tmp_path / "out.csv", 2)
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name.startswith("part-"):
+            raise Stop
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(Stop):
+        run(model, source, tmp_path / "out.csv", force=True)
+    monkeypatch.undo()
+    summary = run(model, source, tmp_path / "out.csv", resume=True)
+    assert (summary.labelled, summary.resumed) == (100, 0)
+
+
+def test_the_rows_written_are_counted_when_on_error_changes(model, bad, tmp_path):
+    bad.write_bytes(b"\n".join(BAD * 8) + b"\n")
+    interrupted(model, bad, tmp_path / "out.jsonl", 2, on_error="null")
+    run(model, bad, tmp_path / "out.jsonl", on_error="skip", resume=True)
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    assert meta["rows"] == len(rows_of(tmp_path / "out.jsonl"))
+    assert meta["rows"] > meta["labelled"] == 16
+
+
+def test_the_name_of_the_work_folder_is_on_the_disk_before_its_state(model, source, tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr("stance.parts._sync_folder", synced.append)
+    run(model, source, tmp_path / "out.csv")
+    assert synced[0] == tmp_path
+
+
+@pytest.mark.parametrize("call", [{}, {"force": True}, {"resume": True}])
+def test_the_input_is_not_overwritten(source, tmp_path, call):
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for name in (source, tmp_path / "x" / ".." / "in.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match="is the input, which would be lost - choose another name"):
+            check_call([str(source)], str(name), Options(), **call)
 
 
 def test_two_processes_do_not_write_one_output(model, source, tmp_path):

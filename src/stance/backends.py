@@ -109,8 +109,7 @@ class OnnxBackend:
         options.log_severity_level = 3
         # Spinning threads would take the processor from the reading and tokenising beside the model.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
+        options.intra_op_num_threads = _threads()
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -138,7 +137,7 @@ class OpenVinoBackend:
 
         self.precision = precision
         hint = "bf16" if precision == "bf16" else "f32"
-        cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores()
+        cores = _threads() or _cores()
         self.streams = 2 if cores >= 2 else 1
         settings = {
             "INFERENCE_PRECISION_HINT": hint,
@@ -174,6 +173,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _threads() -> int:
+    """The threads that the user asks for with OMP_NUM_THREADS (a list: those of the first level); else 0."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 def _cores() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -207,7 +212,8 @@ def open_backend(
         folder: a folder that :func:`stance.checkpoint.check_model_folder` has passed.
         meta: its ``stance.json``.
         backend: one of :data:`BACKENDS`.
-        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        device: ``auto`` (CUDA if there is one and the folder holds torch weights that may be taken),
+            ``cpu``, ``cuda`` or ``cuda:1``.
         exact: only fp32.
         rows: about how many statements there will be; None: not known.
         log: told of what was passed over.
@@ -221,9 +227,12 @@ def open_backend(
             f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}{did_you_mean(backend, BACKENDS)}"
         )
     opener = _Opener(folder, meta)
-    if _on_gpu(device):
+    for_torch = backend in ("auto", "torch") and (folder / "model.safetensors").is_file()
+    if (for_torch or device != "auto") and _on_gpu(device):
         if backend in ("onnxruntime", "openvino"):
             raise UsageError(f"device must be cpu for the backend {backend}; got {device!r}")
+        if not for_torch:
+            raise UsageError(f"device must be cpu for {folder}, which has no torch weights; got {device!r}")
         candidates = [_Candidate("torch", p) for p in ("bf16", "fp32")]
         opener.device = "cuda" if device == "auto" else device
     else:
@@ -335,21 +344,20 @@ class _Opener:
 
     def objection(self, candidate: _Candidate) -> str | None:
         """Return why a candidate must not be taken; None: it opens and agrees with fp32."""
+        try:
+            return self._objection(candidate)
+        except Exception as error:  # each library has its own kinds, and another candidate may do
+            return _first_line(error)
+
+    def _objection(self, candidate: _Candidate) -> str | None:
         if candidate.precision == "fp32":
-            try:
-                self.open(candidate)
-            except CheckpointError as error:
-                return str(error)
+            self.open(candidate)
             return None
         stored = _Verdict(self.folder, candidate, self.device)
         known = stored.read()
         if known is not None:
             return known or None
-        try:
-            opened = self.open(candidate)
-            reference = self._reference(candidate)
-        except (CheckpointError, UsageError) as error:
-            return str(error)
+        opened, reference = self.open(candidate), self._reference(candidate)
         if reference is None:
             entry = self.meta.get("exports", {}).get(candidate.graph, {})
             # The export compared it with the model on its validation statements.
@@ -512,10 +520,11 @@ def parity(
 
     Returns:
         The share of labels (statements times tasks) that differ, and the mean absolute difference of
-        the probabilities.
+        the probabilities at the model's temperatures.
     """
     windows = encoder.encode(_parity_statements())
     order = np.argsort(windows.lengths(), kind="stable")
+    temperatures: Mapping[str, Any] = meta.get("temperatures") or {}
     flips, differences = [], []
     for start in range(0, len(order), 60):
         batch = encoder.batch(windows, order[start : start + 60])
@@ -523,7 +532,8 @@ def parity(
         at = 0
         for task in meta["tasks"]:
             part = slice(at, at := at + len(task["labels"]))
-            p, q = _softmax(one[:, part]), _softmax(other[:, part])
+            temperature = float(temperatures.get(task["name"], 1.0))
+            p, q = _softmax(one[:, part] / temperature), _softmax(other[:, part] / temperature)
             flips.append((p.argmax(axis=1) != q.argmax(axis=1)).mean())
             differences.append(np.abs(p - q).mean())
     return float(np.mean(flips)), float(np.mean(differences))
@@ -534,23 +544,44 @@ def _softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(values / values.sum(axis=1, keepdims=True))
 
 
+def _version(library: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def _gpu(device: str) -> str:
+    """The name of a CUDA device; empty for the processor."""
+    if device == "cpu":
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 class _Verdict:
     """What the gate found before for a model, a backend and a machine, in the user's cache folder.
+
+    Named by all that the numbers come from: the model, the libraries, the device, the statements, the limits.
 
     Only speed hangs on it: whatever cannot be read or written is measured again.
     """
 
     def __init__(self, folder: Path, candidate: _Candidate, device: str):
-        from importlib.metadata import PackageNotFoundError, version
-
+        from stance import __version__
         from stance.checkpoint import MANIFEST, sha256
 
-        try:
-            library = version(candidate.backend)
-        except PackageNotFoundError:
-            library = ""
-        told = [sha256(folder / MANIFEST), str(candidate), device, library, _processor(), MAX_FLIPS,
-                MAX_DIFFERENCE]  # fmt: skip
+        libraries = {name: _version(name) for name in (candidate.backend, "torch", "transformers")}
+        told = [
+            sha256(folder / MANIFEST),
+            str(candidate),
+            [device, _gpu(device), _processor()],
+            [__version__, libraries],
+            [_parity_statements(), MAX_FLIPS, MAX_DIFFERENCE],
+        ]
         key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self._path = Path(cache) / "stance" / "parity" / f"{key}.json"

@@ -603,6 +603,12 @@ def _refuse_single(statements: object) -> None:
         raise TypeError(
             f"statements must be a list; got one {type(statements).__name__} - write predict([...])"
         )
+    # Iterating over a table gives its columns or their names; over a datasets.Dataset its rows.
+    table = hasattr(statements, "columns") or hasattr(statements, "column_names")
+    if table and type(statements).__module__.partition(".")[0] != "datasets":
+        raise TypeError(
+            f"statements must be a list; got a {type(statements).__name__} - write predict_table(table)"
+        )
 
 
 def _as_statements(statements: Iterable[StatementLike]) -> list[Statement]:

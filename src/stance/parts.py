@@ -53,6 +53,7 @@ class Progress:
         rows: rows of the input that are done.
         labelled: rows with labels.
         rejected: rows without.
+        written: rows in the part files.
         columns: the input's columns, once known.
     """
 
@@ -61,6 +62,7 @@ class Progress:
     rows: int = 0
     labelled: int = 0
     rejected: int = 0
+    written: int = 0
     columns: list[str] | None = None
 
 
@@ -102,22 +104,27 @@ class WorkFolder:
             raise UsageError(
                 f"{self.output}: cannot be written: {error.strerror or error} - choose another place"
             ) from None
-        if resume and self.exists():
-            try:
+        try:
+            if resume and self.exists():
                 self.progress = self._stored()
-            except UsageError:
-                self.close()
-                raise
-            return self.progress
+            else:
+                self._begin()
+        except BaseException:
+            self.close()
+            raise
+        return self.progress
+
+    def _begin(self) -> None:
+        self._forget()
         for path in self.path.iterdir():
             if path.name != "lock":
                 path.unlink()
         self._save()
-        return self.progress
 
     def _take_lock(self) -> None:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.path.parent)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             if not _locked(handle):
                 os.close(handle)
@@ -200,8 +207,17 @@ class WorkFolder:
 
     def discard(self) -> None:
         """Remove the work folder and give the lock back."""
+        self._forget()
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+    def _forget(self) -> None:
+        """Remove the state before the parts it tells of: killed between, there is nothing to resume."""
+        try:
+            (self.path / "state.json").unlink(missing_ok=True)
+        except OSError:
+            return  # then the parts cannot be removed either
+        _sync_folder(self.path)
 
     def close(self) -> None:
         """Give the lock back; the work stays for --resume."""
@@ -278,10 +294,28 @@ class TextParts:
 
 
 class TableParts:
-    """Parts of Parquet; each has the types of its rows, which are brought together at the end."""
+    """Parts of Parquet; each has the types of its rows, which are brought together at the end.
+
+    That they can be is seen at each part, before rows after it are labelled for nothing.
+    """
 
     def __init__(self, name: str):
         self._name = name
+        self._schema: Any = None
+
+    def take_up(self, parts: Sequence[Path]) -> None:
+        """Go on after parts that were written before."""
+        import pyarrow.parquet
+
+        with self._named():
+            for part in parts:
+                self._agree(pyarrow.parquet.read_schema(part))
+
+    def _agree(self, schema: Any) -> None:
+        import pyarrow
+
+        known = [schema] if self._schema is None else [self._schema, schema]
+        self._schema = pyarrow.unify_schemas(known, promote_options="permissive")
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -301,11 +335,30 @@ class TableParts:
         with self._named():
             return pyarrow.table({c: pyarrow.array([row.get(c) for row in rows]) for c in columns})
 
+    def concat(self, tables: Sequence[Any], schema: Any) -> Any:
+        """Return Arrow tables as one of this schema, which has their columns and room for their values."""
+        import pyarrow
+
+        with self._named():
+            fitted = [
+                pyarrow.table(
+                    # Arrow cannot cast a slice of some nested types, even to themselves.
+                    [
+                        c if c.type == f.type else c.cast(f.type)
+                        for c, f in zip(t.columns, schema, strict=True)
+                    ],
+                    schema=schema,
+                )
+                for t in tables
+            ]
+            return pyarrow.concat_tables([schema.empty_table(), *fitted])
+
     def write(self, handle: IO[bytes], table: Any) -> None:
         """Write one part."""
         import pyarrow.parquet
 
         with self._named():
+            self._agree(table.schema)
             pyarrow.parquet.write_table(table, handle)
 
     def join(self, handle: IO[bytes], parts: Sequence[Path], empty: Any, meta: Mapping[str, Any]) -> None:

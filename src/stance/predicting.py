@@ -9,8 +9,10 @@ shards of an input the rows of the whole.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
+import os
 import queue
 import sys
 import threading
@@ -26,13 +28,17 @@ from stance.errors import DataError, StanceError, UsageError, did_you_mean
 from stance.parts import Progress, TableParts, TextParts, WorkFolder, meta_path
 from stance.records import (
     FORMATS,
+    NOT_UTF8,
     RAW_LIMIT,
     BadRow,
     Record,
     compression,
+    decoded_rows,
     file_format,
+    raw_row,
     read_batches,
     read_rows,
+    read_schema,
     write_rows,
 )
 
@@ -137,6 +143,8 @@ def check_call(
     target = Path(output)
     if target.is_dir():
         raise UsageError(f"{output}: is a folder - give the name of a file")
+    if any(os.path.realpath(path) == os.path.realpath(output) for path in paths if path != "-"):
+        raise UsageError(f"{output}: is the input, which would be lost - choose another name")
     if resume or force:
         return
     if target.exists():
@@ -242,6 +250,8 @@ class _ArrowRow:
     index: int
     data: Mapping[str, Any]
     """The columns that are read: text, speaker, context."""
+    problem: str | None = None
+    """Why these cannot be read; the row as a whole can be written."""
 
     @property
     def where(self) -> str:
@@ -282,10 +292,7 @@ def _read(paths: Sequence[str], options: Options, arrow: bool) -> Iterator[_Row]
                 if options.text_column not in names:  # of every row, so no row can be skipped for it
                     raise DataError(f"{row.where}: {_missing(options.text_column, names)}")
                 if first is not None and sorted(names) != sorted(first[1]):
-                    raise DataError(
-                        f"{path}: columns must be those of {first[0]}: {', '.join(first[1])}; got "
-                        f"{', '.join(names)} - label the files apart, or convert them to .jsonl"
-                    )
+                    raise DataError(_other_columns(path, names, *first))
                 first = first or (path, names)
             yield row
 
@@ -297,10 +304,41 @@ def _arrow_rows(path: str, options: Options) -> Iterator[_ArrowRow]:
             for name in (options.text_column, options.speaker_column, options.context_column)
             if name in batch.schema.names
         ]
-        columns = [batch.column(name).to_pylist() for name in names]
-        for index in range(batch.num_rows):
-            data = {name: column[index] for name, column in zip(names, columns, strict=True)}
-            yield _ArrowRow(path, start + index, batch, index, data)
+        read = batch.select(names)
+        for index, data in enumerate(decoded_rows(read)):
+            if data is None:
+                yield _ArrowRow(path, start + index, batch, index, {}, NOT_UTF8)
+            else:
+                yield _ArrowRow(path, start + index, batch, index, data)
+
+
+def _common_schema(paths: Sequence[str], text_column: str) -> Any:
+    """The one Arrow schema that holds the rows of all Parquet files, told before any is labelled."""
+    import pyarrow
+
+    first, *others = ((path, read_schema(path)) for path in paths)
+    schema = first[1]
+    if text_column not in schema.names:
+        raise DataError(f"{first[0]}: {_missing(text_column, schema.names)}")
+    for path, other in others:
+        if sorted(other.names) != sorted(schema.names):
+            raise DataError(_other_columns(path, other.names, first[0], schema.names))
+        try:
+            schema = pyarrow.unify_schemas([schema, other], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            raise DataError(
+                f"{path}: columns must have the types that they have in {first[0]}: {error} - label the "
+                "files apart, or write .jsonl"
+            ) from None
+    return schema
+
+
+def _other_columns(path: str, names: Sequence[str], first: str, known: Sequence[str]) -> str:
+    """Say that a table has other columns than the first."""
+    return (
+        f"{path}: columns must be those of {first}: {', '.join(known)}; got {', '.join(names)} - label the "
+        "files apart, or convert them to .jsonl"
+    )
 
 
 def _cut(rows: Iterator[_Row], options: Options) -> Iterator[list[_Row]]:
@@ -330,6 +368,8 @@ def _problem(row: _Row, options: Options) -> str | None:
     """Why a row cannot be labelled."""
     if isinstance(row, BadRow):
         return row.reason
+    if isinstance(row, _ArrowRow) and row.problem:
+        return row.problem
     name = options.text_column
     if name not in row.data:
         return _missing(name, list(row.data))
@@ -351,7 +391,13 @@ def _short(value: object) -> str:
 def _raw(row: _Row) -> str:
     if isinstance(row, BadRow):
         return row.raw
-    data = row.batch.slice(row.index, 1).to_pylist()[0] if isinstance(row, _ArrowRow) else row.data
+    if isinstance(row, _ArrowRow):
+        one = row.batch.slice(row.index, 1)
+        data = next(decoded_rows(one))
+        if data is None:
+            return raw_row(one)
+    else:
+        data = row.data
     return json.dumps(data, ensure_ascii=False, default=str)[:RAW_LIMIT]
 
 
@@ -379,6 +425,8 @@ class _Run:
         )
         self._added = {n: v.dtype.kind for n, v in self._labels(classifier.prepare([])).items()}
         self._columns: list[str] | None = None
+        self._unreadable: DataError | None = None
+        self._schema = _common_schema(self._paths, options.text_column) if self._arrow else None
         self._tables, self._texts = TableParts(output), TextParts(self._kind, output, options.csv_escape)
 
     def _labels(self, prepared: Prepared) -> dict[str, Any]:
@@ -389,12 +437,22 @@ class _Run:
     # reading
 
     def _parts(self, start: Progress) -> Iterator[_Part]:
+        """As :meth:`_read_parts`; notes the error that a row of the input gave."""
+        try:
+            yield from self._read_parts(start)
+        except DataError as error:
+            self._unreadable = error
+            raise
+
+    def _read_parts(self, start: Progress) -> Iterator[_Part]:
         """Yield the parts of this shard from where an earlier run stopped, checked and tokenised."""
         self._columns = start.columns
-        rows = itertools.islice(_read(self._paths, self._options, self._arrow), start.rows, None)
+        rows = _read(self._paths, self._options, self._arrow)
+        if self._columns is None:
+            rows = self._learn_columns(rows)
+        rows = itertools.islice(rows, start.rows, None)
         index, number = self._options.shard
         for at, chunk in enumerate(_cut(rows, self._options), start.source_parts):
-            self._learn_columns(chunk)
             mine = at % number == index - 1
             part = _Part(len(chunk), chunk if mine else [], mine)
             if mine:
@@ -410,16 +468,24 @@ class _Run:
         speaker, context, text = (data.get(name) or "" for name in names)
         return speaker, context, text
 
-    def _learn_columns(self, rows: Iterable[_Row]) -> None:
-        """Take the output's columns from the first row that can be read."""
-        if self._columns is not None:
-            return
-        for row in rows:
+    def _learn_columns(self, rows: Iterator[_Row]) -> Iterator[_Row]:
+        """Take the output's columns from the first row that can be read, and return all rows again.
+
+        It may stand in a later part, while the parts before need the columns too. Files are read
+        twice up to there; of standard input the rows are held.
+        """
+        again = "-" not in self._paths
+        held: list[_Row] = []
+        for row in _read(self._paths, self._options, self._arrow) if again else rows:
+            if not again:
+                held.append(row)
             if not isinstance(row, BadRow):
                 names = row.batch.schema.names if isinstance(row, _ArrowRow) else list(row.data)
                 self._refuse_taken(names)
                 self._columns = list(names)
-                return
+            if not isinstance(row, BadRow) or self._options.on_error == "fail":
+                break
+        return itertools.chain(held, rows)
 
     def _refuse_taken(self, names: Iterable[str]) -> None:
         here = set(names)
@@ -476,20 +542,29 @@ class _Run:
             yield data
 
     def _table(self, part: _Part | None, values: Mapping[str, list[Any]]) -> Any:
-        """The part as an Arrow table; without a part one of no rows, for its columns."""
+        """The part as an Arrow table; without a part one of no rows, for its columns.
+
+        Where no row of the input could be read, the added columns are all there are.
+        """
         import pyarrow
 
         rows = self._kept(part) if part else []
-        if self._arrow:
-            schema = pyarrow.parquet.read_schema(self._paths[0])
-            slices = [pyarrow.Table.from_batches([b]).select(schema.names) for b in _slices(rows)]
-            table = pyarrow.concat_tables(slices or [schema.empty_table()], promote_options="permissive")
+        if self._schema is not None:
+            names = self._schema.names
+            slices = [pyarrow.Table.from_batches([b]).select(names) for b in _slices(rows)]
+            table = self._tables.concat(slices, self._schema)
         else:
             plain = list(self._rows(part, {})) if part else []
             table = self._tables.table(plain, self._columns or [])
-        for name, kind in self._added.items():
-            arrow = {"O": pyarrow.string(), "b": pyarrow.bool_()}.get(kind, pyarrow.float64())
-            table = table.append_column(name, pyarrow.array(values.get(name, []), arrow))
+        arrow = {"O": pyarrow.string(), "b": pyarrow.bool_()}
+        added = {
+            name: pyarrow.array(values.get(name, []), arrow.get(kind, pyarrow.float64()))
+            for name, kind in self._added.items()
+        }
+        if not table.column_names:
+            return pyarrow.table(added)
+        for name, column in added.items():
+            table = table.append_column(name, column)
         return table
 
     def _write(self, work: WorkFolder, part: _Part, values: Mapping[str, list[Any]], done: Progress) -> None:
@@ -524,13 +599,16 @@ class _Run:
             rows=before.rows + part.count,
             labelled=before.labelled + len(part.rows) - bad,
             rejected=before.rejected + bad,
+            written=before.written + len(self._kept(part)),
             columns=self._columns,
         )
 
     # the two ways out
 
     def to_stream(self, bar: _Bar, log: Callable[[str], None]) -> Summary:
-        """Write JSONL to standard output; rows that are rejected go to the log."""
+        """Write JSONL to standard output, UTF-8 in any locale; rows that are rejected go to the log."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         done = Progress()
         for part in self._ahead(self._parts(done)):
             values = self._values(part)
@@ -553,6 +631,8 @@ class _Run:
             log(f"going on after {resumed} rows")
             bar.update(resumed)
         try:
+            if self._kind == "parquet":
+                self._tables.take_up([work.part(number) for number in range(done.parts)])
             done = self._run(work, done, bar)
             self._refuse_empty(done)
             self._columns = done.columns
@@ -561,7 +641,7 @@ class _Run:
         except BaseException as error:
             if work.progress.rows == 0:
                 work.discard()
-            elif isinstance(error, DataError):
+            elif error is self._unreadable:
                 log(
                     f"{work.progress.rows} rows are done and kept - begin anew with --force when the input is "
                     "mended, or go on with --resume --on-error skip (or null)"
@@ -605,7 +685,7 @@ class _Run:
         return {
             "stance_version": __version__,
             **self._identity,
-            "rows": done.labelled + (done.rejected if self._options.on_error == "null" else 0),
+            "rows": done.written,
             "labelled": done.labelled,
             "rejected": done.rejected,
         }

@@ -12,6 +12,7 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -31,12 +32,15 @@ __all__ = [
     "Record",
     "compression",
     "compressor",
+    "decoded_rows",
     "escape_formula",
     "expand_files",
     "file_format",
+    "raw_row",
     "read_batches",
     "read_records",
     "read_rows",
+    "read_schema",
     "unescape_formula",
     "write_records",
     "write_rows",
@@ -51,6 +55,7 @@ FORMATS = {
     ".txt": "text",
 }
 COMPRESSIONS = (".gz", ".zst")
+NOT_UTF8 = "a text is not UTF-8 - convert it to UTF-8"
 RAW_LIMIT = 10_000
 """The most characters of a row that cannot be read that are kept to show it."""
 
@@ -338,10 +343,40 @@ def _csv_header(name: str, line: int, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def _read_parquet(name: str) -> Iterator[Record]:
+def _read_parquet(name: str) -> Iterator[Record | BadRow]:
     for start, batch in read_batches(name):
-        for number, data in enumerate(batch.to_pylist(), start):
-            yield Record(name, number, data)
+        for index, data in enumerate(decoded_rows(batch)):
+            if data is None:
+                yield BadRow(name, start + index, NOT_UTF8, raw_row(batch.slice(index, 1)))
+            else:
+                yield Record(name, start + index, data)
+
+
+def decoded_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of an Arrow record batch; None for one whose text is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:  # before the first row: the list is made as a whole
+        pass
+    for index in range(batch.num_rows):
+        try:
+            yield batch.slice(index, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None
+
+
+def raw_row(row: Any) -> str:
+    """Show a record batch of one row whose text is not UTF-8."""
+    shown = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            shown[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            cell = getattr(column[0], "value", column[0])  # of a dictionary
+            plain = cell.as_buffer().to_pybytes() if hasattr(cell, "as_buffer") else b"(not UTF-8)"
+            shown[name] = plain.decode("utf-8", "backslashreplace")
+    return json.dumps(shown, ensure_ascii=False, default=_plain)[:RAW_LIMIT]
 
 
 def read_batches(
@@ -353,15 +388,31 @@ def read_batches(
         DataError: it is no Parquet file, or damaged.
         UsageError: it cannot be opened.
     """
+    number = 1
+    with _parquet(name) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=columns):
+            yield number, batch
+            number += batch.num_rows
+
+
+def read_schema(name: str) -> Any:
+    """Return the Arrow schema of a Parquet file; errors as :func:`read_batches`."""
+    with _parquet(name) as file:
+        return file.schema_arrow
+
+
+@contextmanager
+def _parquet(name: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 1
     try:
         with open(name, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
-            for batch in file.iter_batches(batch_size=rows, columns=columns):
-                yield number, batch
-                number += batch.num_rows
+            names = file.schema_arrow.names
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise DataError(f"{name}: columns stand twice: {', '.join(map(repr, twice))} - rename them")
+            yield file
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from None
     except OSError as error:
@@ -523,14 +574,30 @@ def write_rows(
     if kind == "text":
         raise UsageError("plain text cannot hold predictions - write .csv, .tsv, .jsonl or .parquet")
     for count, row in enumerate(rows, 1):  # noqa: B007
-        handle.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+        handle.write(_json(row) + "\n")
     return count
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=_plain)
+        return _json(value)
     return "" if value is None else value
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=_plain)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for the numbers that JSON has not: NaN and the infinite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> str:

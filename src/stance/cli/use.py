@@ -70,7 +70,8 @@ def predict(
     on_error: Annotated[
         OnError,
         typer.Option(
-            help="A bad row: fail; skip it; or keep it with null labels. OUTPUT.rejects.jsonl says why."
+            help="A bad row: fail; skip it; or keep it with null labels. OUTPUT.rejects.jsonl says why; for "
+            "OUTPUT - stderr does."
         ),
     ] = OnError.fail,
     resume: Annotated[
@@ -94,7 +95,12 @@ def predict(
         int | None, typer.Option(min=1, help="The most statements a batch; default: by tokens.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Nothing on stderr but errors and, where OUTPUT is -, the rows rejected."
+        ),
+    ] = False,
 ) -> None:
     """Label every statement of files; all their columns are kept, the labels are added."""
     from stance.inference import load
@@ -120,14 +126,17 @@ def predict(
     classifier = load(
         model, device=device, backend=backend.value, exact=exact, rows=expected_rows(paths), log=tell
     )
+    told = say if output == "-" else tell  # there is no rejects file to tell of lost rows
     summary = predict_files(
-        classifier, paths, output, options, resume=resume, force=force, log=tell, show_progress=not quiet
+        classifier, paths, output, options, resume=resume, force=force, log=told, show_progress=not quiet
     )
     if summary.finished:
         tell(f"{output} is finished already")
     rejected = f", {summary.rejected} rows rejected" if summary.rejected else ""
     used = classifier.backend
-    tell(f"{summary.labelled} statements labelled{rejected} ({used.name} {used.precision} on {used.device})")
+    (told if rejected else tell)(
+        f"{summary.labelled} statements labelled{rejected} ({used.name} {used.precision} on {used.device})"
+    )
 
 
 class ExportFormat(StrEnum):
