@@ -18,7 +18,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import stance.export as export_module
 import stance.graphs as graphs
 from conftest import ROOT, corpus_rows, write_jsonl
 from stance.annotations import load_statements
@@ -31,7 +30,7 @@ from stance.gate import Evidence, check, gate_table, random_batches
 from stance.graphs import run_onnx, run_openvino, run_torch
 from stance.inference import load
 from stance.labels import CONFLICT, DEFAULT_TASKS, DIALOGUE, SENTIMENT
-from stance.model import StanceConfig, StanceForSequenceClassification, build_model
+from stance.model import StanceConfig, StanceForSequenceClassification, build_model, load_trained
 from stance.provenance import identify
 from stance.stock import STOCK_ENCODERS, one_task_classifier
 from stance.template import segments
@@ -355,7 +354,7 @@ def test_int8_tries_the_next_scheme_before_it_gives_up(trained, tmp_path, monkey
             target.write_bytes(name.encode())
             yield name
 
-    right = run_torch(export_module._load_model(trained))
+    right = run_torch(load_trained(trained, "eager"))
 
     def run(path):
         spoilt = path.read_bytes() in (b"a", b"b")
@@ -409,7 +408,7 @@ def test_openvino_agrees(trained, tmp_path):
     }
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     batch = dict(tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="np"))
-    expected = run_torch(export_module._load_model(trained))(batch)
+    expected = run_torch(load_trained(trained, "eager"))(batch)
     np.testing.assert_allclose(
         run_openvino(tmp_path / "out/openvino/openvino_model.xml")(batch), expected, atol=1e-4
     )

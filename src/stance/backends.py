@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from stance.errors import CheckpointError, UsageError, did_you_mean
+from stance.errors import CheckpointError, UsageError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,7 +115,7 @@ class OnnxBackend:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime has its own kinds
-            raise CheckpointError(f"{path}: cannot be opened: {_first_line(error)} - export again") from None
+            raise CheckpointError(f"{path}: cannot be opened: {first_line(error)} - export again") from None
         self._inputs = [node.name for node in self._session.get_inputs()]
         _check_inputs(path, self._inputs)
 
@@ -150,7 +150,7 @@ class OpenVinoBackend:
             self._compiled = core.compile_model(source, "CPU", settings)
         except Exception as error:
             where = graph if isinstance(graph, Path) else "the converted model"
-            raise CheckpointError(f"{where}: cannot be opened: {_first_line(error)} - export again") from None
+            raise CheckpointError(f"{where}: cannot be opened: {first_line(error)} - export again") from None
         self._inputs = [port.get_any_name() for port in self._compiled.inputs]
         _check_inputs(graph if isinstance(graph, Path) else "model", self._inputs)
         self._requests = threading.local()  # a request holds one call's tensors
@@ -167,10 +167,6 @@ def _check_inputs(path: Path | str, names: list[str]) -> None:
     strange = sorted(set(names) - {"input_ids", "attention_mask", "token_type_ids"})
     if strange:
         raise CheckpointError(f"{path}: has inputs that no statement gives: {', '.join(strange)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _threads() -> int:
@@ -347,7 +343,7 @@ class _Opener:
         try:
             return self._objection(candidate)
         except Exception as error:  # each library has its own kinds, and another candidate may do
-            return _first_line(error)
+            return first_line(error)
 
     def _objection(self, candidate: _Candidate) -> str | None:
         if candidate.precision == "fp32":
@@ -364,9 +360,7 @@ class _Opener:
             return None if entry.get("parity") else "there is no fp32 graph to compare it with"
         from stance.encoding import PairEncoder
 
-        encoder = PairEncoder(
-            self.folder, int(self.meta["max_length"]), mark_speaker=self.meta.get("mark_speaker") is True
-        )
+        encoder = PairEncoder.of(self.folder, self.meta)
         flips, difference = parity(opened, reference, encoder, self.meta)
         failed = not (flips <= MAX_FLIPS and difference <= MAX_DIFFERENCE)  # NaN fails too
         reason = f"{flips:.2%} of labels differ from fp32, probabilities by {difference:.4f}"
@@ -414,33 +408,17 @@ def _load_torch(folder: Path, device: str) -> Any:
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"{folder}: model.safetensors is missing - take --backend auto")
     import torch
-    from transformers import AutoModelForSequenceClassification
 
-    from stance.model import quiet_transformers  # registers the mean-pooled class
+    from stance.model import load_trained, quiet_transformers
 
     quiet_transformers()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"device: {device!r} cannot be used: {_first_line(error)} - use cpu or auto"
+            f"device: {device!r} cannot be used: {first_line(error)} - use cpu or auto"
         ) from None
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: the model cannot be loaded: {_first_line(error)} - train again"
-        ) from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:  # transformers would fill the gaps at random
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
-    return model.to(device).eval()
+    return load_trained(folder).to(device)
 
 
 def _to_openvino(model: Any) -> Any:
@@ -477,7 +455,7 @@ def _to_openvino(model: Any) -> Any:
         frontend = FrontEndManager().load_by_framework("pytorch")
         graph = frontend.convert(frontend.load(decoder))
     except Exception as error:  # tracing can fail in many ways
-        raise CheckpointError(f"OpenVINO cannot convert the model: {_first_line(error)}") from None
+        raise CheckpointError(f"OpenVINO cannot convert the model: {first_line(error)}") from None
     for port, name in zip(graph.inputs, names, strict=True):
         port.get_tensor().set_names({name})
     return graph

@@ -17,7 +17,7 @@ import numpy as np
 
 from stance.annotations import Statement, column_value
 from stance.errors import UsageError, did_you_mean
-from stance.labels import NOT_ANNOTATED
+from stance.labels import NOT_ANNOTATED, Task
 from stance.metrics import figures_of_confusion
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "Clusters",
     "make_clusters",
     "percentile_interval",
+    "score_tasks",
     "wilson",
 ]
 
@@ -182,6 +183,20 @@ def add_intervals(
     entry["intervals"] = {name: percentile_interval(draws[name]) for name in names}
     for i, scores in enumerate(entry["per_class"].values()):
         scores["f1_interval"] = percentile_interval(draws["f1"][:, i])
+
+
+def score_tasks(
+    y_true: IntArray, y_pred: IntArray, scored: Sequence[Task], clusters: Clusters
+) -> dict[str, Any]:
+    """Return each task's scores with their intervals; label ids of shape [rows, scored tasks]."""
+    from stance.metrics import scores
+
+    result = {}
+    for i, task in enumerate(scored):
+        entry = scores(y_true[:, i], y_pred[:, i], task.labels)
+        add_intervals(entry, clusters, y_true[:, i], y_pred[:, i], task.labels)
+        result[task.name] = entry
+    return result
 
 
 def wilson(right: int, n: int) -> list[float] | None:

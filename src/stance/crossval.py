@@ -17,7 +17,7 @@ import numpy as np
 
 from stance import __version__
 from stance.annotations import Statement, column_value, load_statements
-from stance.bootstrap import Clusters, add_intervals, make_clusters
+from stance.bootstrap import make_clusters, score_tasks
 from stance.checkpoint import read_json, sha256, write_json
 from stance.config import Config
 from stance.dataset import leak_free_groups, make_splits, strata_of
@@ -237,7 +237,7 @@ def _pool(
         "by": by,
         "n": len(rows),
         "interval": clusters.to_dict(),
-        "scores": _pooled(y_true, y_pred, scored, clusters),
+        "scores": score_tasks(y_true, y_pred, scored, clusters),
         "per_fold": _over_folds(entries),
         "folds": entries,
     }
@@ -258,17 +258,6 @@ def _ids(rows: Sequence[dict[str, Any]], side: str, tasks: Sequence[Task]) -> ND
             if task.name in row[side]:
                 ids[i, j] = task.labels.index(row[side][task.name])
     return ids
-
-
-def _pooled(
-    y_true: NDArray[np.int64], y_pred: NDArray[np.int64], scored: Sequence[Task], clusters: Clusters
-) -> dict[str, Any]:
-    result = {}
-    for i, task in enumerate(scored):
-        entry = scores(y_true[:, i], y_pred[:, i], task.labels)
-        add_intervals(entry, clusters, y_true[:, i], y_pred[:, i], task.labels)
-        result[task.name] = entry
-    return result
 
 
 def _over_folds(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:

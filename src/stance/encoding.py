@@ -8,7 +8,7 @@ The input template is :func:`stance.template.segments`. A pair that fits the mod
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,11 @@ class PairEncoder:
         self.max_length = max_length
         self.mark_speaker = mark_speaker
         self._specials: int = self._tokenizer.num_special_tokens_to_add(True)
+
+    @classmethod
+    def of(cls, folder: Path, meta: Mapping[str, Any]) -> PairEncoder:
+        """Return the tokenizer of a checked model folder, as its ``stance.json`` says."""
+        return cls(folder, int(meta["max_length"]), mark_speaker=meta.get("mark_speaker") is True)
 
     def encode(self, statements: Sequence[tuple[str, str, str]]) -> Windows:
         """Tokenise (speaker, context, text) triples.

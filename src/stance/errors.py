@@ -27,6 +27,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -90,3 +91,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

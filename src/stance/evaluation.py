@@ -18,7 +18,7 @@ from stance import __version__
 from stance.ablation import speaker_ablation
 from stance.annotations import Statement, agreement, annotator_codes
 from stance.baselines import BASELINES, predict_baseline
-from stance.bootstrap import Clusters, add_intervals, brief, make_clusters, wilson
+from stance.bootstrap import Clusters, brief, make_clusters, score_tasks, wilson
 from stance.calibration import (
     abstention_table,
     calibration_report,
@@ -30,7 +30,8 @@ from stance.calibration import (
 from stance.dataset import label_ids
 from stance.errors import DataError, UsageError
 from stance.labels import NOT_ANNOTATED, STANCE_TASK, Task
-from stance.metrics import scored_tasks, scores, with_stance
+from stance.metrics import scored_tasks, with_stance
+from stance.report import SCHEMA
 from stance.slices import slice_scores, slices_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,6 @@ __all__ = [
     "table",
     "write_report",
 ]
-
-SCHEMA = 2
-"""Version of report.json; it rises when a key changes its meaning."""
 
 EXAMPLES = (
     Statement("dialogue, call, yes, peace, yes, war, no, never, never war", speaker="the president"),
@@ -120,7 +118,7 @@ def evaluate(
         "headline": scored[0].name,
         "tasks": [{"name": t.name, "labels": list(t.labels), "derived": t not in tasks} for t in scored],
         "interval": clusters.to_dict(),
-        "scores": _scores(y_true, y_pred, scored, clusters),
+        "scores": score_tasks(y_true, y_pred, scored, clusters),
         "slices": slice_scores(members, y_true, y_pred, tasks, clusters),
         "calibration": calibration_report(logits, y_true, tasks, classifier.meta),
     }
@@ -133,15 +131,6 @@ def evaluate(
     report |= {name: part for name, part in optional.items() if part}
     report["predictions"] = _prediction_rows(statements, members, y_true, y_pred, probabilities, scored)
     return report
-
-
-def _scores(y_true: IntArray, y_pred: IntArray, scored: Sequence[Task], clusters: Clusters) -> dict[str, Any]:
-    result = {}
-    for i, task in enumerate(scored):
-        entry = scores(y_true[:, i], y_pred[:, i], task.labels)
-        add_intervals(entry, clusters, y_true[:, i], y_pred[:, i], task.labels)
-        result[task.name] = entry
-    return result
 
 
 def _abstention(
@@ -250,7 +239,7 @@ def score_baselines(
     result = {}
     for name in names:
         y_pred = with_stance(predict_baseline(name, train, test, tasks, encoder), tasks)
-        result[name] = _scores(y_true, y_pred, scored, clusters)
+        result[name] = score_tasks(y_true, y_pred, scored, clusters)
     return result
 
 

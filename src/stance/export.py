@@ -29,7 +29,15 @@ from stance.checkpoint import (
     write_json,
     write_manifest,
 )
-from stance.errors import CheckpointError, ConfigError, DataError, ExportError, StanceError, UsageError
+from stance.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ExportError,
+    StanceError,
+    UsageError,
+    first_line,
+)
 from stance.gate import Evidence, Finding, check, gate_table, random_batches
 from stance.labels import CODEBOOK_VERSION, Task, derives_stance
 from stance.modelcard import CARD, Export, model_card
@@ -166,10 +174,10 @@ def _load(folder: Path, task: str | None, validation: Sequence[str], log: Log) -
     import torch
 
     from stance.graphs import run_torch
-    from stance.model import load_tokenizer, quiet_transformers, task_slices
+    from stance.model import load_tokenizer, load_trained, quiet_transformers, task_slices
 
     quiet_transformers()
-    model = _load_model(folder)
+    model = load_trained(folder, "eager")  # as all graphs are traced
     tokenizer = load_tokenizer(str(folder))
     inputs = ["input_ids", "attention_mask"]
     inputs += ["token_type_ids"] if "token_type_ids" in tokenizer.model_input_names else []
@@ -204,31 +212,6 @@ def _chosen_task(name: str | None, tasks: Sequence[Task]) -> Task | None:
     if name not in known:
         raise UsageError(f"--task: must be one of {', '.join(known)}; got {name!r}")
     return known[name]
-
-
-def _load_model(folder: Path) -> Any:
-    """Load a checked folder's model in fp32 with eager attention, as all graphs are traced."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    import stance.model  # noqa: F401 - registers the mean-pooled class
-
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {first} - train again") from error
-    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-    if wrong:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
-    return model.eval()
 
 
 def _one_task_meta(meta: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -302,11 +285,13 @@ def _batches(
 
 def _write_transformers(source: _Source, folder: Path, int8: bool, log: Log) -> None:
     from stance.graphs import run_torch
+    from stance.model import load_trained
 
     source.model.config._name_or_path = ""
     source.model.save_pretrained(folder)
     _write_tokenizer(source, folder)
-    _refuse_failed(source, WEIGHTS, check(run_torch(_load_model(folder)), *_gate(source), precision="fp32"))
+    written = run_torch(load_trained(folder, "eager"))
+    _refuse_failed(source, WEIGHTS, check(written, *_gate(source), precision="fp32"))
 
 
 def _write_onnx(source: _Source, folder: Path, int8: bool, log: Log) -> None:
@@ -517,7 +502,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
             repo_id=repository, repo_type="model", folder_path=folder, commit_message="Model by stance"
         )
     except Exception as error:  # the hub's client and its transports have their own kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise StanceError(
             f"{repository}: the upload failed: {first} - log in with 'hf auth login' and try again; the "
             f"export is whole in {folder}"

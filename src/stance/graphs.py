@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from stance.errors import ExportError, UsageError
+from stance.errors import ExportError, UsageError, first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,7 +94,7 @@ def to_onnx(model: Any, path: Path, inputs: Sequence[str]) -> None:
                 raise RuntimeError("torch gave no program")
             graph = program.model_proto
     except Exception as error:  # torch.export has many kinds
-        raise ExportError(f"onnx: the graph cannot be made: {_first_line(error)}") from error
+        raise ExportError(f"onnx: the graph cannot be made: {first_line(error)}") from error
     # Stack traces of this machine stand in there, and nothing that a runtime reads.
     for node in _nodes(graph):
         del node.metadata_props[:]
@@ -318,7 +318,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,7 +23,7 @@ from stance.annotations import Statement
 from stance.backends import Backend, is_out_of_memory, open_backend
 from stance.checkpoint import MANIFEST, check_model_folder, sha256
 from stance.encoding import PairEncoder, Windows
-from stance.errors import CheckpointError, StanceError, UsageError
+from stance.errors import CheckpointError, StanceError, UsageError, first_line
 from stance.labels import (
     CONFLICT,
     DIALOGUE,
@@ -154,7 +154,7 @@ def load(
     folder = _local_folder(path)
     meta, tasks = check_model_folder(folder)
     opened = open_backend(folder, meta, backend=backend, device=device, exact=exact, rows=rows, log=log)
-    encoder = PairEncoder(folder, int(meta["max_length"]), mark_speaker=meta.get("mark_speaker") is True)
+    encoder = PairEncoder.of(folder, meta)
     origin = (str(folder), device, backend, exact, rows)
     return Classifier(opened, encoder, tasks, meta, origin)
 
@@ -173,7 +173,7 @@ def _local_folder(path: str | Path) -> Path:
     try:
         return _without_links(Path(snapshot_download(name, allow_patterns=list(_HUB_FILES))))
     except Exception as error:  # offline, unknown, private, ...: each has its own kind
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise CheckpointError(
             f"{name}: no such model folder, and the hub did not give it either: {first} - give the folder "
             "of a finished run"

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
-from stance.errors import CheckpointError
+from stance.errors import CheckpointError, first_line
 from stance.labels import NOT_ANNOTATED, Task
 from stance.template import segments
 
@@ -51,6 +51,7 @@ __all__ = [
     "has_fast_bf16",
     "load_encoder",
     "load_tokenizer",
+    "load_trained",
     "quiet_transformers",
     "resolve_encoder",
     "task_slices",
@@ -163,7 +164,7 @@ def _from_pretrained(loader: Any, name: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # each library below has its own kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise CheckpointError(
             f"model.encoder: {name} cannot be loaded: {first} - give a hub id that this machine can "
             "reach, or the path of a downloaded model folder"
@@ -187,6 +188,34 @@ def load_encoder(encoder: str, **options: Any) -> PreTrainedModel:
     """
     model: PreTrainedModel = _from_pretrained(AutoModel, encoder, dtype=torch.float32, **options)
     return model
+
+
+def load_trained(folder: Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Return the model of a folder that :func:`stance.checkpoint.check_model_folder` has passed.
+
+    It is in fp32, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or the weights do not fit the config.
+    """
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: the model cannot be loaded: {first_line(error)} - train again"
+        ) from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:  # transformers would fill the gaps at random
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {wrong} - train again")
+    trained: PreTrainedModel = model.eval()
+    return trained
 
 
 def build_model(

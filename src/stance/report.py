@@ -22,7 +22,7 @@ from stance.labels import CONFLICT, DIALOGUE, SENTIMENT, STANCE_TASK, Task
 __all__ = ["MOST_ROWS", "SCHEMA", "render", "write_html"]
 
 SCHEMA = 2
-"""The version of report.json that this page is made from."""
+"""Version of report.json; it rises when a key changes its meaning."""
 MOST_ROWS = 10_000
 """The page's table of statements holds no more: a browser on a phone must still open it."""
 MISTAKES = 5

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stance.cli.evaluation import print_groups, print_means
+from stance.cli.evaluation import mean_and_deviation, print_groups, print_means
 from stance.cli.options import SetOption, say
 from stance.errors import UsageError
 
@@ -161,22 +161,12 @@ def _stored_report(run: Path, *, baselines: bool) -> dict[str, Any] | None:
 
 
 def _print_seeds(results: dict[int, dict[str, Any]], folder: Path) -> None:
-    import statistics
-
     from stance.checkpoint import write_json
+    from stance.evaluation import seed_scores
 
     reports = list(results.values())
-    summary: dict[str, Any] = {"seeds": list(results), "scores": {}}
+    scores = seed_scores(reports, [])["scores"]
     print(f"\n{len(reports)} seeds: mean and standard deviation of {reports[0]['split']} figures")
-    for task, first in reports[0]["scores"].items():
-        entry = {}
-        for figure in ("macro_f1", "accuracy", "mcc", "f_avg"):
-            values = [r["scores"][task].get(figure) for r in reports]
-            if figure in first and None not in values:
-                entry[figure] = {
-                    "mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values,
-                }  # fmt: skip
-        summary["scores"][task] = entry
-        shown = ", ".join(f"{k} {v['mean']:.3f} ± {v['stdev']:.3f}" for k, v in entry.items())
-        print(f"  {task}: {shown}")
-    write_json(folder / "seeds.json", summary)
+    for task, figures in scores.items():
+        print(f"  {task}: {mean_and_deviation(figures)}")
+    write_json(folder / "seeds.json", {"seeds": list(results), "scores": scores})
