@@ -293,15 +293,18 @@ def _candidates(
         yield _Candidate("openvino", "bf16")
     if has_torch and fast_bf16:
         yield _Candidate("torch", "bf16")
-    for library in ("openvino", "onnxruntime"):
-        if (library, "int8") in graphs:
-            yield _Candidate(library, "int8", graphs[library, "int8"])
+    int8 = [_Candidate(library, "int8", name) for (library, p), name in graphs.items() if p == "int8"]
+    # Int8 weights that are multiplied in fp32 are no faster than an fp32 graph, and less exact.
+    kept = [c for c in int8 if c.graph is not None and exports[c.graph].get("arithmetic") == "fp32"]
+    yield from (c for c in int8 if c not in kept)
     if openvino:
         yield _Candidate("openvino", "fp32", openvino)
     if convertible and pays:
         yield _Candidate("openvino", "fp32")
     if onnx:
         yield _Candidate("onnxruntime", "fp32", onnx)
+    else:
+        yield from kept
     if has_torch:
         yield _Candidate("torch", "fp32")
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from stance.errors import (
     UsageError,
     first_line,
 )
-from stance.gate import Evidence, Finding, check, gate_table, random_batches
+from stance.gate import Evidence, Finding, check, gate_table, has_room, random_batches
 from stance.labels import CODEBOOK_VERSION, Task, derives_stance
 from stance.modelcard import CARD, Export, model_card
 
@@ -295,17 +295,16 @@ def _write_transformers(source: _Source, folder: Path, int8: bool, log: Log) -> 
 
 
 def _write_onnx(source: _Source, folder: Path, int8: bool, log: Log) -> None:
-    from stance.graphs import OPSET, onnx_int8, run_onnx, to_onnx
+    from stance.graphs import OPSET, run_onnx, to_onnx
 
     _write_graph_config(source, folder)
     (folder / "onnx").mkdir()
     plain, small = folder / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx"
     log("onnx/model.onnx: tracing")
     to_onnx(source.model, plain, source.inputs)
-    _pass_gate(source, "onnx/model.onnx", run_onnx(plain), "fp32", "onnxruntime", opset=OPSET)
+    _pass_gate(source, "onnx/model.onnx", run_onnx(plain), "onnxruntime", opset=OPSET)
     if int8:
-        schemes = onnx_int8(plain, small, source.evidence.validation)
-        _first_that_passes(source, "onnx/model_quantized.onnx", schemes, lambda: run_onnx(small), log, OPSET)
+        _write_int8(source, "onnx/model_quantized.onnx", plain, small, log)
 
 
 def _write_openvino(source: _Source, folder: Path, int8: bool, log: Log) -> None:
@@ -318,7 +317,7 @@ def _write_openvino(source: _Source, folder: Path, int8: bool, log: Log) -> None
         traced = Path(place) / "model.onnx"
         to_onnx(source.model, traced, source.inputs)
         openvino_graph(traced, target)
-    _pass_gate(source, "openvino/openvino_model.xml", run_openvino(target), "fp32", "openvino", opset=OPSET)
+    _pass_gate(source, "openvino/openvino_model.xml", run_openvino(target), "openvino", opset=OPSET)
 
 
 _WRITERS = {"transformers": _write_transformers, "onnx": _write_onnx, "openvino": _write_openvino}
@@ -328,14 +327,14 @@ def _gate(source: _Source) -> tuple[Evidence, tuple[Task, ...]]:
     return source.evidence, source.tasks
 
 
-def _pass_gate(
-    source: _Source, name: str, run: Run, precision: str, backend: str, *, opset: int, scheme: str = ""
-) -> None:
-    """Compare a graph with the model and enter it into ``stance.json``."""
-    findings = check(run, *_gate(source), precision=precision)
+def _pass_gate(source: _Source, name: str, run: Run, backend: str, *, opset: int) -> None:
+    """Compare an fp32 graph with the model and enter it into ``stance.json``."""
+    findings = check(run, *_gate(source), precision="fp32")
     _refuse_failed(source, name, findings)
-    entry: dict[str, Any] = {"backend": backend, "precision": precision, "opset": opset}
-    entry |= {"scheme": scheme} if scheme else {}
+    _enter(source, name, findings, {"backend": backend, "precision": "fp32", "opset": opset})
+
+
+def _enter(source: _Source, name: str, findings: list[Finding], entry: dict[str, Any]) -> None:
     # Two digits: further ones hang on the processor.
     parity = {f.name: float(f"{f.value:.2g}") for f in findings}
     entry["parity"] = {"validation_rows": len(source.evidence.y_true), **parity}
@@ -350,26 +349,37 @@ def _refuse_failed(source: _Source, name: str, findings: list[Finding]) -> None:
         )
 
 
-def _first_that_passes(
-    source: _Source, name: str, schemes: Iterator[str], run: Callable[[], Run], log: Log, opset: int
-) -> None:
-    """Keep the first int8 scheme that passes the gate.
+def _write_int8(source: _Source, name: str, plain: Path, target: Path, log: Log) -> None:
+    """Write the first int8 scheme that passes the gate with room to spare, else the last that passes.
 
     Raises:
         ExportError: none does; with the last one's table.
     """
-    last: ExportError | None = None
-    for scheme in schemes:
-        try:
-            _pass_gate(source, name, run(), "int8", "onnxruntime", opset=opset, scheme=scheme)
-            log(f"{name}: int8, {scheme}")
-            return
-        except ExportError as error:
-            log(f"{name}: int8, {scheme}: not good enough")
-            last = error
-    raise ExportError(
-        f"{last}\n{name}: no int8 scheme is good enough for this model - export with --no-int8"
-    ) from last
+    from stance.graphs import OPSET, run_onnx
+    from stance.int8 import SCHEMES, prepared, write_int8
+
+    kept = None
+    with prepared(plain, target.parent) as ready:
+        for scheme in SCHEMES:
+            write_int8(ready, target, scheme)
+            findings = check(run_onnx(target), *_gate(source), precision="int8")
+            passed = all(f.passed for f in findings)
+            if passed:
+                kept = scheme, findings
+            if has_room(findings):
+                break
+            log(f"{name}: int8, {scheme.name}: {'passes, but only just' if passed else 'not good enough'}")
+        if kept is None:
+            raise ExportError(
+                f"{name}: differs too much from the model, so nothing is written\n{gate_table(findings)}\n"
+                f"{name}: no int8 scheme is good enough for this model - export with --no-int8"
+            )
+        chosen, source.findings[name] = kept
+        if chosen is not scheme:
+            write_int8(ready, target, chosen)
+    log(f"{name}: int8, {chosen.name}")
+    entry = {"backend": "onnxruntime", "precision": "int8", "opset": OPSET}
+    _enter(source, name, kept[1], {**entry, "scheme": chosen.name, "arithmetic": chosen.arithmetic})
 
 
 def _write_graph_config(source: _Source, folder: Path) -> None:

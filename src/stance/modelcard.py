@@ -209,11 +209,16 @@ def _use_of_a_pipeline(meta: Mapping[str, Any]) -> str:
 
 def _use_of_graphs(meta: Mapping[str, Any], own: Sequence[Task], export: Export) -> str:
     temperatures = ", ".join(f"{_plain(k)} {v:.4g}" for k, v in meta.get("temperatures", {}).items())
+    small = "".join(
+        f" `{_plain(name)}` is int8 ({_plain(entry['scheme'])}) and multiplies in {_plain(entry['arithmetic'])}."
+        for name, entry in meta.get("exports", {}).items()
+        if entry.get("precision") == "int8"
+    )
     return (
         f"The graph in {' and in '.join(f'`{name}`' for name in export.findings)} takes `input_ids`, "
         "`attention_mask` and, where the model has them, `token_type_ids`, int64 of shape [batch, sequence], and "
         f"gives `logits` [batch, {sum(len(t.labels) for t in own)}], the labels of all tasks in order. The "
-        f"probabilities of a task are {_SOFTMAX} ({temperatures or 'all 1'})."
+        f"probabilities of a task are {_SOFTMAX} ({temperatures or 'all 1'}).{small}"
     )
 
 
