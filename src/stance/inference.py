@@ -436,10 +436,25 @@ class Classifier:
 
     def _logits(self, prepared: Prepared) -> NDArray[np.float64]:
         """Logits of shape [windows, labels of all tasks]."""
-        logits = np.zeros((len(prepared.windows.ids), sum(len(t.labels) for t in self.tasks)))
+        width = sum(len(t.labels) for t in self.tasks)
+        logits = np.zeros((len(prepared.windows.ids), width))
 
         def compute(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-            return _halving(self.backend.logits, self._encoder.batch(prepared.windows, chosen))
+            batch = self._encoder.batch(prepared.windows, chosen)
+            try:
+                values = _halving(self.backend.logits, batch)
+            except StanceError:
+                raise
+            except Exception as error:  # each runtime has its own kinds
+                raise CheckpointError(
+                    f"{self._origin[0]}: the model cannot be run: {first_line(error)} - export or train again"
+                ) from error
+            if values.shape != (len(chosen), width):  # numpy would stretch one column over all labels
+                raise CheckpointError(
+                    f"{self._origin[0]}: the model must give [{len(chosen)}, {width}] logits; got "
+                    f"{list(values.shape)} - export or train again"
+                )
+            return values
 
         if self.backend.streams == 1 or len(prepared.batches) < 2:
             results: Iterable[NDArray[np.float32]] = map(compute, prepared.batches)
@@ -451,7 +466,7 @@ class Classifier:
                     logits[chosen] = values
         if not np.isfinite(logits).all():
             raise StanceError(
-                f"{self._origin[0]}: the model gives numbers that are not finite - take --exact"
+                f"{self._origin[0]}: the model gives numbers that are not finite - take --exact, or train again"
             )
         return logits
 
