@@ -1,9 +1,11 @@
-"""Sizes and speeds of a model and its exports, for the table in docs/export.md.
+"""How large and how fast are the exports of a run? The table of docs/export.md.
 
-    python benchmarks/export.py runs/default exports/onnx exports/openvino --statements quotes.jsonl
+Run by hand on a quiet machine:  python benchmarks/export.py runs/default --work exports
 
-Every graph of every folder runs on the same batches in the order of a stock prediction (longest first), on
-the CPU, with ``--threads`` threads. Run it on a machine that does nothing else.
+The exports that are not under ``--work`` yet are made first. Each file then labels the same statements, the
+first 1,000 of the run's test split, through the backend that ``stance predict`` runs it with: in batches of 32
+of like length, as many at once as the backend has streams, and 100 of them one by one. Tokenising is not
+timed. Rounds of all files take turns, so that a slower minute hits all alike; the medians are shown.
 """
 
 from __future__ import annotations
@@ -12,88 +14,131 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "scripts"))
+
+
+@dataclass
+class Timed:
+    """One file of an export, open in its backend."""
+
+    name: str
+    megabytes: float
+    backend: Any
+    batches: list[dict[str, Any]]
+    alone: list[dict[str, Any]]
+    passes: list[float] = field(default_factory=list)
+    singles: list[float] = field(default_factory=list)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--statements", required=True, help="JSONL with text, speaker and context")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="where the exports are, or are put")
+    parser.add_argument("--task", default="dialogue", help="the task of the one-task export")
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    rows = [json.loads(line) for line in Path(options.statements).read_text(encoding="utf-8").splitlines()]
-    print("| graph | precision | MB | statements a second | ms a statement, alone |")
-    print("| --- | --- | --- | --- | --- |")
-    for folder in options.folders:
-        for name, precision, run in runners(folder, options.threads):
-            batches = make_batches(folder, rows, options.batch_size)
-            single = make_batches(folder, rows[:100], 1)
-            rate = len(rows) / seconds(run, batches, options.rounds)
-            alone = 1000 * seconds(run, single, options.rounds) / len(single)
-            print(
-                f"| {folder.name}/{name} | {precision} | {size(folder / name):.1f} | {rate:.0f} | {alone:.1f} |"
-            )
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before the runtimes are imported
+    from check_exports import make_exports, test_rows
+
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    make_exports(options.run.resolve(), work, options.task)
+    rows = list(test_rows(options.run))[: options.rows]
+    opened = [
+        t for name in ("transformers", options.task, "onnx", "openvino") for t in timed(work / name, rows)
+    ]
+    for _ in range(options.rounds + 1):  # the first warms up
+        for one in opened:
+            one.passes.append(seconds(one.backend, one.batches, one.backend.streams))
+            one.singles.append(seconds(one.backend, one.alone, 1))
+    found = [
+        {
+            "file": one.name,
+            "megabytes": round(one.megabytes, 1),
+            "runtime": one.backend.name,
+            "precision": one.backend.precision,
+            "statements_per_second": round(len(rows) / statistics.median(one.passes[1:])),
+            "ms_alone": round(1000 * statistics.median(one.singles[1:]) / len(one.alone), 2),
+        }
+        for one in opened
+    ]
+    print(table(found), file=sys.stderr)
+    print(json.dumps({"threads": options.threads, "statements": len(rows), "exports": found}, indent=2))
 
 
-def runners(folder: Path, threads: int) -> list[tuple[str, str, Any]]:
+def timed(folder: Path, rows: list[dict[str, Any]]) -> list[Timed]:
+    """Open every file of an export; OpenVINO also in bf16, where the processor multiplies it."""
+    from stance.backends import OnnxBackend, OpenVinoBackend, TorchBackend
     from stance.checkpoint import WEIGHTS, check_model_folder
-    from stance.graphs import run_onnx, run_openvino, run_torch
+    from stance.model import has_fast_bf16, load_trained
 
     meta, _ = check_model_folder(folder)
-    found = []
+    precisions = ["fp32", "bf16"] if has_fast_bf16(cpu=True) else ["fp32"]
+    opened: list[tuple[str, Any]] = []
     if (folder / WEIGHTS).is_file():
-        import torch
-        from transformers import AutoModelForSequenceClassification
-
-        import stance.model  # noqa: F401 - registers the class
-
-        torch.set_num_threads(threads)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        found.append((WEIGHTS, "fp32", run_torch(model.eval())))
+        opened.append((WEIGHTS, TorchBackend(load_trained(folder), "cpu")))
     for name, entry in meta.get("exports", {}).items():
-        run = run_openvino if entry["backend"] == "openvino" else run_onnx
-        found.append((name, entry["precision"], run(folder / name)))
-    return found
+        if entry["backend"] == "openvino":
+            opened += [(name, OpenVinoBackend(folder / name, p)) for p in precisions]
+        else:
+            opened.append((name, OnnxBackend(folder / name, entry["precision"])))
+    batches, alone = make_batches(folder, meta, rows, 32), make_batches(folder, meta, rows[:100], 1)
+    return [
+        Timed(f"{folder.name}/{name}", size(folder / name), backend, batches, alone)
+        for name, backend in opened
+    ]
 
 
-def make_batches(folder: Path, rows: list[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
-    from stance.model import encode_pairs, load_tokenizer
+def make_batches(
+    folder: Path, meta: dict[str, Any], rows: list[dict[str, Any]], most: int
+) -> list[dict[str, Any]]:
+    from stance.encoding import PairEncoder
 
-    tokenizer = load_tokenizer(str(folder))
-    meta = json.loads((folder / "stance.json").read_text(encoding="utf-8"))
-    pairs = [(r.get("speaker") or "", r.get("context") or "", r["text"]) for r in rows]
-    encoded = encode_pairs(
-        tokenizer, pairs, meta["max_length"], mark_speaker=meta.get("mark_speaker") is True
-    )
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded["input_ids"][i]))
-    batches = []
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        part = {key: [values[i] for i in chosen] for key, values in encoded.items()}
-        batches.append(dict(tokenizer.pad(part, return_tensors="np")))
-    return batches
+    encoder = PairEncoder.of(folder, meta)
+    windows = encoder.encode([(r["speaker"], r["context"], r["text"]) for r in rows])
+    order = (-windows.lengths()).argsort(kind="stable")
+    return [encoder.batch(windows, order[i : i + most]) for i in range(0, len(order), most)]
 
 
-def seconds(run: Any, batches: list[dict[str, Any]], rounds: int) -> float:
-    """The median time of a pass over all batches, after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
+def seconds(backend: Any, batches: list[dict[str, Any]], streams: int) -> float:
+    """The time of one pass over all batches."""
+    started = time.perf_counter()
+    if streams == 1:
         for batch in batches:
-            run(batch)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+            backend.logits(batch)
+    else:
+        with ThreadPoolExecutor(streams) as pool:
+            list(pool.map(backend.logits, batches))
+    return time.perf_counter() - started
 
 
 def size(path: Path) -> float:
-    """Megabytes of a graph, with the weights beside it."""
+    """Megabytes of a file, with the weights that stand beside an OpenVINO graph."""
     files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
     return sum(f.stat().st_size for f in files) / 1e6
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| file | MB | runtime | precision | statements a second | ms for one alone |",
+        "|" + " --- |" * 6,
+    ]
+    lines += [
+        f"| `{f['file']}` | {f['megabytes']:.1f} | {f['runtime']} | {f['precision']} | "
+        f"{f['statements_per_second']:,} | {f['ms_alone']:.1f} |"
+        for f in found
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

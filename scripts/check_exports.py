@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -99,7 +98,17 @@ def make_exports(run: Path, work: Path, task: str) -> None:
     }.items():
         if not (work / name).exists():
             command = [sys.executable, "-m", "stance", "export", run, "-o", work / name, *options]
-            subprocess.run(command, check=True, stdout=sys.stderr)
+            must_run(command)
+
+
+def must_run(command: list[Any], place: Path | None = None) -> None:
+    """Run a command, its output on standard error; end where it fails or is not there."""
+    try:
+        code = subprocess.run(command, cwd=place, stdout=sys.stderr).returncode
+    except FileNotFoundError:
+        sys.exit(f"{command[0]}: is not installed - install it or name other --environments")
+    if code:
+        sys.exit(f"{' '.join(map(str, command))}: exit {code}")
 
 
 def statements_and_labels(run: Path, given: Path | None, most: int) -> tuple[list[dict[str, str]], Labels]:
@@ -153,14 +162,15 @@ def make_environment(work: Path, name: str) -> None:
     if name == "node":
         if not (place / "node_modules").is_dir():
             place.mkdir(exist_ok=True)
-            npm = ["npm", "install", "--no-audit", "--no-fund", "--no-save", *PACKAGES[name]]
-            subprocess.run(npm, check=True, cwd=place, stdout=sys.stderr)
+            # The scripts would fetch libraries for GPUs; those for the processor are in the package.
+            must_run(
+                ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES[name]], place
+            )
         return
     python = place / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        install = [python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *PACKAGES[name]]
-        subprocess.run(install, check=True, stdout=sys.stderr)
+        must_run([sys.executable, "-m", "venv", place])
+        must_run([python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *PACKAGES[name]])
     code = f"import importlib.util as u; print([m for m in {ABSENT[name]} if u.find_spec(m)])"
     there = subprocess.run(
         [python, "-c", code], check=True, capture_output=True, text=True, env=clean()
@@ -198,8 +208,6 @@ def clean() -> dict[str, str]:
 
 
 def labels_of(check: Check, work: Path) -> Labels:
-    if shutil.which(check.command[0]) is None:
-        sys.exit(f"{check.command[0]}: is not installed - install it or name other --environments")
     started = time.monotonic()
     place = work / f"env-{check.environment}"
     found = subprocess.run(check.command, capture_output=True, text=True, env=clean(), cwd=place)
