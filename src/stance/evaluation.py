@@ -6,7 +6,6 @@ Evaluation goes through :class:`stance.inference.Classifier`, the code that user
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ __all__ = [
     "human_scores",
     "score_baselines",
     "score_groups",
-    "seed_scores",
     "table",
     "write_report",
 ]
@@ -283,20 +281,6 @@ def human_scores(
         entry |= {name: agreed["tasks"][task.name][name] for name in ("alpha", "kappa")}
         result["tasks"][task.name] = entry
     return result
-
-
-def seed_scores(reports: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and values of the headline figures over several seeds."""
-    result: dict[str, Any] = {}
-    for task, first in reports[0]["scores"].items():
-        entry = {}
-        for figure in ("macro_f1", "accuracy", "mcc", "f_avg"):
-            values = [r["scores"][task].get(figure) for r in reports]
-            if figure in first and None not in values:
-                stdev = statistics.stdev(values) if len(values) > 1 else None
-                entry[figure] = {"mean": statistics.mean(values), "stdev": stdev, "values": values}
-        result[task] = entry
-    return {"folders": list(folders), "scores": result}
 
 
 def table(scores: Mapping[str, Any], baselines: Mapping[str, Any] | None = None) -> str:

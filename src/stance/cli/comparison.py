@@ -74,10 +74,12 @@ def compare(
     y_pred = [answers(side, statements, tasks, train) for side in sides]
     clusters = make_clusters(statements, cluster)
     result = compare_answers((a, b), y_pred, statements, tasks, clusters)
-    result["trained_on"] = [rows_seen(side, statements, train) for side in sides]
-    for name, seen in zip((a, b), result["trained_on"], strict=True):
-        if seen:
-            say(f"warning: {name} was trained on {seen} of these statements")
+    seen = [rows_seen(side, statements, train) for side in sides]
+    for how, words in (("trained_on", "was trained on"), ("chosen_on", "chose its checkpoint on")):
+        result[how] = [rows[how] for rows in seen]
+        for name, number in zip((a, b), result[how], strict=True):
+            if number:
+                say(f"warning: {name} {words} {number} of these statements")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
