@@ -104,8 +104,9 @@ def predict(
 ) -> None:
     """Label every statement of files; all their columns are kept, the labels are added."""
     from stance.inference import load
-    from stance.predicting import Options, check_call, expected_rows, predict_files
+    from stance.predicting import predict_files
     from stance.records import expand_files
+    from stance.request import Options, check_call, expected_rows
 
     tell = (lambda line: None) if quiet else say
     options = Options(
@@ -133,10 +134,7 @@ def predict(
     if summary.finished:
         tell(f"{output} is finished already")
     rejected = f", {summary.rejected} rows rejected" if summary.rejected else ""
-    used = classifier.backend
-    (told if rejected else tell)(
-        f"{summary.labelled} statements labelled{rejected} ({used.name} {used.precision} on {used.device})"
-    )
+    (told if rejected else tell)(f"{summary.labelled} statements labelled{rejected} ({summary.backend})")
 
 
 class ExportFormat(StrEnum):
