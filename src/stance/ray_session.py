@@ -58,8 +58,8 @@ def _connected(address: str | None, processes: int | None) -> Iterator[None]:
             )
     except Exception as error:  # Ray has many kinds
         raise UsageError(
-            f"--address: no Ray answers at {address}: {first_line(error)} - start one with ray start --head, or leave "
-            "--address out"
+            f"--address: no Ray answers at {address}: {first_line(error)} - start one with ray start --head, set "
+            "RAY_AUTH_MODE=token if it asks for its token, or leave --address out"
         ) from None
     try:
         with _terminable():
