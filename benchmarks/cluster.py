@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from interruptions import write_input
-
 from stance.layout import Layout
 from stance.parquet import read_batches
 from stance.request import Options, identity

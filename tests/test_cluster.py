@@ -198,10 +198,11 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(cluster, model, trained
 @pytest.fixture
 def work(model, trained, tmp_path) -> tuple[Work, Any]:
     """What an actor is told, and a batch of all blocks of a file."""
-    source = write_jsonl(tmp_path / "in.jsonl", corpus_rows(40))
+    rows = [{name: row[name] for name in ("id", "speaker", "text")} for row in corpus_rows(40)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
     options = Options(part_rows=16)
     chosen = Chosen.of(model, options)
-    layout = Layout("out.csv", "csv", list(corpus_rows(1)[0]), chosen.added, options)
+    layout = Layout("out.csv", "csv", list(rows[0]), chosen.added, options)
     blocks = list(Source([str(source)], options, arrow=False).blocks())
     batch = pyarrow.table({"blocks": [pickle.dumps(blocks)]})
     return Work(chosen, layout, {str(source): source.stat().st_size}, str(tmp_path)), batch
