@@ -124,7 +124,7 @@ def evaluate(
         "human": human_scores(statements, y_pred, tasks, clusters),
         "groups": score_groups(statements, y_true, y_pred),
         "speaker": speaker_ablation(classifier, statements, y_true, y_pred, clusters) if ablation else {},
-        "abstention": _abstention(classifier.meta, probabilities, y_true, y_pred, scored, abstain_at),
+        "abstention": _abstention(classifier, probabilities, y_true, y_pred, scored, abstain_at),
     }
     report |= {name: part for name, part in optional.items() if part}
     report["predictions"] = _prediction_rows(statements, members, y_true, y_pred, probabilities, scored)
@@ -132,28 +132,18 @@ def evaluate(
 
 
 def _abstention(
-    meta: Mapping[str, Any],
+    classifier: Classifier,
     probabilities: Mapping[str, Any],
     y_true: IntArray,
     y_pred: IntArray,
     scored: Sequence[Task],
     wished: float | None,
 ) -> dict[str, Any]:
-    table = meta.get("abstention", {}).get(STANCE_TASK.name)
-    if not table or scored[0] != STANCE_TASK:
-        if wished is not None:
-            raise UsageError(
-                "--abstain-at: must be asked of a model with thresholds for the overall stance; this one has none - "
-                "train it again"
-            )
-        return {}
     if wished is not None:
-        reached = [accuracy for accuracy, _ in table if accuracy >= wished]
-        if not reached:
-            raise UsageError(
-                f"--abstain-at: must be an accuracy that validation reached, {table[-1][0]:.2f} or less; got {wished}"
-            )
-        wished = reached[0]
+        wished, _ = classifier.abstention(wished)
+    table = classifier.meta.get("abstention", {}).get(STANCE_TASK.name)
+    if not table or scored[0] != STANCE_TASK:
+        return {}
     confidence = confidences(probabilities[STANCE_TASK.name], y_pred[:, 0])
     rows = abstention_table(table, confidence, y_true[:, 0], y_pred[:, 0])
     return {"task": STANCE_TASK.name, "wished": wished, "table": rows}
