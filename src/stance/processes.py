@@ -55,7 +55,7 @@ class Processes:
     index: int = 0
     backend: str | None = None
     _group: dist.ProcessGroup | None = None
-    _board: dist.TCPStore | None = None
+    _board: Any = None
 
     @property
     def main(self) -> bool:
@@ -73,13 +73,14 @@ class Processes:
             return work()
         import torch.distributed as dist
 
-        result, failed = None, None
+        outcome: list[Any] = [(None, None)]
+        failed: Exception | None = None
         if self.main:
             try:
-                result = work()
+                outcome = [(work(), None)]
             except Exception as error:
                 failed = error
-        outcome: list[Any] = [(result, failed and getattr(failed, "exit_code", 1))]
+                outcome = [(None, getattr(error, "exit_code", 1))]
         with self.connection():
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if failed is not None:
@@ -160,7 +161,7 @@ def join(*, cpu: bool) -> Processes:
         try:
             state = PartialState(cpu=cpu)
             group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            board = dist.TCPStore(
+            board = dist.TCPStore(  # type: ignore[attr-defined]
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=30)
             )
         except (RuntimeError, ValueError, KeyError) as error:

@@ -4,6 +4,7 @@
 * :mod:`stance.training.batches`: which rows make a step, whatever the number of processes
 * :mod:`stance.training.recipe`: config -> ``Trainer``
 * :mod:`stance.training.callbacks`: whole checkpoints, signals, early stopping, progress
+* :mod:`stance.training.trackers`: where trackers write
 * :mod:`stance.training.record`: ``run.json``, the story of the run
 * :mod:`stance.training.run`: :func:`train`, all of it in order
 

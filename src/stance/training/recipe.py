@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from stance.annotations import Statement
 from stance.config import Config
 from stance.dataset import label_ids, tokenise
-from stance.errors import ConfigError, did_you_mean
+from stance.errors import ConfigError
 from stance.labels import NOT_ANNOTATED, Task
 from stance.metrics import mean_macro_f1, scores_of_all
 from stance.model import (
@@ -40,6 +40,7 @@ from stance.processes import Processes, current
 from stance.training.batches import LengthGroupedRows, even_rounds, share_of_step
 from stance.training.callbacks import Progress
 from stance.training.folder import CHECKPOINTS
+from stance.training.trackers import check_trackers
 
 __all__ = ["balanced_weights", "build_trainer", "input_length", "trains_on_cpu", "validation_metrics"]
 
@@ -176,19 +177,6 @@ def attend_without_wait(model: Any) -> None:
 
 def _mask_without_wait(*arguments: Any, **options: Any) -> Any:
     return sdpa_mask(*arguments, **{**options, "allow_is_bidirectional_skip": False})
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` for a tracker that is not there."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name not in available:
-            raise ConfigError(
-                f"training.report_to: {name!r} is not installed or unknown{did_you_mean(name, available)} - "
-                f"install it, or choose of: {', '.join(available) or 'none'}"
-            )
 
 
 def _training_arguments(config: Config, on_cpu: bool, sizes: dict[str, int]) -> TrainingArguments:

@@ -23,7 +23,7 @@ from stance.annotations import Statement
 from stance.calibration import fit_calibration
 from stance.checkpoint import checkpoint_step, verify, write_json
 from stance.config import Config
-from stance.errors import Interrupted, StanceError, TrainingError, UsageError
+from stance.errors import Interrupted, StanceError, TrainingError, UsageError, first_line
 from stance.labels import Task
 from stance.model import MultiTaskLoss, load_trained, task_slices
 from stance.processes import Processes, join
@@ -33,6 +33,7 @@ from stance.training import record
 from stance.training.callbacks import Guard, out_of_patience, signals
 from stance.training.folder import CHECKPOINTS
 from stance.training.recipe import build_trainer, input_length, trains_on_cpu
+from stance.training.trackers import tracker_of, trackers_below
 
 __all__ = ["TrainingResult", "train"]
 
@@ -97,7 +98,8 @@ def train(
             return TrainingResult(folder, *plan.finished)
         clock.lap("prepare")
         try:
-            return _train(config, folder, plan, processes, force, clock, log)
+            with trackers_below(folder):
+                return _train(config, folder, plan, processes, force, clock, log)
         except OSError as error:
             raise _writing_failed(folder, error.strerror or error) from error
         except StanceError as error:
@@ -111,6 +113,10 @@ def train(
                 sign in str(error) for sign in ("No space left", "PytorchStreamWriter", "inline_container")
             ):
                 raise _writing_failed(folder, error) from error
+            if tracker := tracker_of(error, config.training.report_to):
+                raise TrainingError(
+                    f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
+                ) from error
             raise
 
 
