@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from stance.processes import Processes, join
 from stance.provenance import package_versions
 from stance.training import folder as run_folder
 from stance.training import record
-from stance.training.callbacks import Guard, out_of_patience, signals
+from stance.training.callbacks import Guard, Progress, out_of_patience, signals
 from stance.training.folder import CHECKPOINTS
 from stance.training.recipe import build_trainer, input_length, trains_on_cpu
 from stance.training.trackers import tracker_of, trackers_below
@@ -210,15 +210,16 @@ def _run(
     processes: Processes,
 ) -> None:
     patience = config.training.early_stopping_patience
-    guard = Guard(folder / CHECKPOINTS, loss, processes)
+    guard, progress = Guard(folder / CHECKPOINTS, loss, processes), Progress()
     trainer.add_callback(guard)
+    trainer.add_callback(progress)
     if checkpoint:
         _check_same_kind(trainer, checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if out_of_patience(state, patience):  # it ended there; the Trainer itself would train on
             trainer.state = state
             return
-    with signals(guard):
+    with signals(guard), closing(progress):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     # Early stopping ends before max_steps too: then nothing is left to resume.
