@@ -300,7 +300,7 @@ def test_stopping_and_resuming_is_agreed_and_changes_nothing(make, tmp_path):
     resumed = run(stopped, resume=True)
     assert_alike(resumed.output_dir, whole.output_dir)
     sessions = [(s["processes"], s["from_step"], s["ended"]) for s in resumed.run["sessions"]]
-    assert sessions == [(2, 0, "Interrupted"), (1, 9, "finished")]
+    assert sessions == [(2, 0, "SIGTERM"), (1, 9, "finished")]
 
 
 @pytest.mark.slow

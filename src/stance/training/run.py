@@ -105,7 +105,7 @@ def train(
         except StanceError as error:
             if processes.main:
                 with suppress(OSError):
-                    record.end_session(folder, seconds=clock.seconds, ended=type(error).__name__)
+                    record.end_session(folder, seconds=clock.seconds, ended=_ending(error))
             raise
         except Exception as error:
             # safetensors and torch report a full disk as their own kinds of error.
@@ -118,6 +118,13 @@ def train(
                     f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
                 ) from error
             raise
+
+
+def _ending(error: StanceError) -> str:
+    """How a session ended: by which signal or kind of error."""
+    return (
+        signal.Signals(error.exit_code - 128).name if isinstance(error, Interrupted) else type(error).__name__
+    )
 
 
 def _writing_failed(folder: Path, reason: object) -> TrainingError:
