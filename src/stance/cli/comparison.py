@@ -109,7 +109,13 @@ def crossval(
     from stance.config import load_config
     from stance.crossval import cross_validate
     from stance.evaluation import table
+    from stance.processes import launched
 
+    if launched():
+        raise UsageError(
+            "crossval: must be started without torchrun; got one of several processes - start it as often as "
+            "you have GPUs instead, on one folder"
+        )
     result = cross_validate(load_config(config, overrides or []), output, by=by, folds=folds,
                             cluster=cluster, log=say)  # fmt: skip
     if format is TextOrJson.json:
