@@ -48,6 +48,7 @@ RUN_FILES = (
     "metrics.json",
     "run.json",
     "seeds.json",
+    "sessions.json",
     "report.json",
 )
 """What a run writes beside the model; never read when a model is loaded."""

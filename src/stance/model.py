@@ -335,11 +335,15 @@ class MultiTaskLoss:
         """Return the loss; logits [batch, labels of all tasks], ``labels`` [batch, tasks]."""
         logits = outputs["logits"].float()
         total = logits.new_zeros(())
+        # Once: a copy to the GPU in every step would wait for it.
+        self.weights = [
+            w if w is None or w.device == logits.device else w.to(logits.device) for w in self.weights
+        ]
         for column, (part, weight) in enumerate(zip(self.slices, self.weights, strict=True)):
             total = total + nn.functional.cross_entropy(
                 logits[:, part],
                 labels[:, column],
-                weight=None if weight is None else weight.to(logits.device),
+                weight=weight,
                 ignore_index=NOT_ANNOTATED,
                 reduction="sum",
                 label_smoothing=self.label_smoothing,
