@@ -125,14 +125,16 @@ def differing(one: dict[str, bytes], two: dict[str, bytes]) -> str:
     return ", ".join(sorted(name for name in {*one, *two} if one.get(name) != two.get(name)))
 
 
-_TIMES = [
-    (re.compile(rb"\d{4}-\d\d-\d\d(T|, )\d\d:\d\d(:\d\dZ)?"), b"TIME"),
-    (re.compile(rb'<data value="[^"]*" data-path="/model/training/seconds"[^<]*'), b"SECONDS"),
-    (re.compile(rb'("(eval_)?(runtime|samples_per_second|steps_per_second|seconds)": ?)-?[\d.]+'), rb"\1 0"),
-    (re.compile(rb'"command": \[[^]]*\]'), b'"command": []'),
-]
-"""What differs between two undisturbed runs: times, rates, and the command's own options."""
 _TIMED = ("run.json", "metrics.json", "report/report.json", "report/report.html", "README.md")
+_TIMES = {
+    "command", "created", "runtime", "samples_per_second", "seconds", "sessions", "started", "steps_per_second", "timings",
+}  # fmt: skip
+"""What differs between two undisturbed runs, in JSON: times, speeds, and the command's own options."""
+_TIME = re.compile(
+    rb'\d{4}-\d\d-\d\d(T|, )\d\d:\d\d(:\d\dZ)?|<data value="[^"]*" data-path="/model/training/seconds"[^<]*'
+    rb'|"(' + "|".join(sorted(_TIMES)).encode() + rb')": ?(-?[\d.]+|"[^"]*"|\[[^]]*\]|{[^}]*})'
+)
+"""And in pages, which hold the JSON too."""
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -145,10 +147,19 @@ def tree(folder: Path) -> dict[str, bytes]:
             continue
         data = path.read_bytes()
         if name.partition("/")[2] in _TIMED:
-            for pattern, instead in _TIMES:
-                data = pattern.sub(instead, data)
+            data = _without_times(data) if path.suffix == ".json" else _TIME.sub(b"", data)
         found[name] = data
     return found
+
+
+def _without_times(data: bytes) -> bytes:
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: v for k, v in pairs if k.removeprefix("eval_") not in _TIMES}
+
+    try:
+        return json.dumps(json.loads(data, object_pairs_hook=kept), sort_keys=True).encode()
+    except ValueError:  # it should be whole, so it is compared as it is
+        return data
 
 
 # --- what is run ---------------------------------------------------------------------------------

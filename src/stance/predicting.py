@@ -189,7 +189,7 @@ def predict_files(
     with _Bar(show_progress, lines, classifier.backend) as bar:
         if output == "-":
             return run.to_stream(bar, log)
-        return run.to_file(bar, resume=resume, log=log)
+        return run.to_file(bar, resume=resume, force=force, log=log)
 
 
 def _identity(
@@ -620,12 +620,12 @@ class _Run:
         self._refuse_empty(done)
         return Summary(done.labelled, done.rejected)
 
-    def to_file(self, bar: _Bar, *, resume: bool, log: Callable[[str], None]) -> Summary:
+    def to_file(self, bar: _Bar, *, resume: bool, force: bool, log: Callable[[str], None]) -> Summary:
         """Write parts into the work folder, then the output."""
         work = WorkFolder(Path(self._output))
         if resume and not work.exists() and work.output.exists():
             return self._finished(work)
-        done = work.open(self._identity, resume=resume)
+        done = work.open(self._identity, resume=resume, force=force)
         resumed = done.rows
         if resumed:
             log(f"going on after {resumed} rows")
@@ -695,6 +695,7 @@ class _Run:
             meta = json.loads(meta_path(work.output).read_text(encoding="utf-8"))
             same = all(meta.get(k) == v for k, v in json.loads(json.dumps(self._identity)).items())
             if same:
+                work.clear()
                 return Summary(meta["labelled"], meta["rejected"], finished=True)
         except (OSError, ValueError, KeyError):
             pass
