@@ -81,7 +81,7 @@ def _fake_the_clock(faults: list[str]) -> None:
         return
     handle, file = tempfile.mkstemp(prefix="stance-clock-")
     os.write(handle, b"+0\n")
-    fake = {"LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": file, "FAKETIME_NO_CACHE": "1",
+    fake = {"LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": file, "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}  # fmt: skip
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **fake})
 

@@ -122,7 +122,16 @@ class Job:
 
 
 def differing(one: dict[str, bytes], two: dict[str, bytes]) -> str:
-    return ", ".join(sorted(name for name in {*one, *two} if one.get(name) != two.get(name)))
+    """Name the files that differ, with the first place where they do."""
+    told = []
+    for name in sorted({*one, *two}):
+        a, b = one.get(name), two.get(name)
+        if a is None or b is None:
+            told.append(f"{name} ({'lacks' if a is None else 'is too much'})")
+        elif a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            told.append(f"{name} ({a[max(0, at - 60) : at + 60]!r} / {b[max(0, at - 60) : at + 60]!r})")
+    return ", ".join(told)
 
 
 _TIMED = ("run.json", "metrics.json", "report/report.json", "report/report.html", "README.md")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -196,10 +197,10 @@ def _small_disk(campaign: Campaign, job: Job, tally: Tally) -> None:
     needed = sum(-(-len(data) // 4096) * 4 + 4 for data in job.expected.values())
     with disk.of_size(AMPLE):
         job.prepare(disk.folder)
-        disk.leave(campaign.rng.randrange(4, 3 * needed, 4))
+        disk.leave(round(math.exp(campaign.rng.uniform(math.log(4), math.log(3 * needed)))))
         ended = processes.run(job.start, disk.folder)
         if ended.code != 0:
-            _refused(job, tally, ended, "No space left on device")
+            _refused(job, tally, ended, ("No space left on device", "as on a full disk"))
             disk.leave(AMPLE)
             Series(campaign, job, tally).go(job.again)
 
@@ -210,14 +211,14 @@ def _small_files(campaign: Campaign, job: Job, tally: Tally) -> None:
     limit = campaign.rng.randrange(max(map(len, job.expected.values())))
     ended = processes.run(job.start, disk, before=file_size_limit(limit))
     if ended.code != 0:
-        _refused(job, tally, ended, "File too large")
+        _refused(job, tally, ended, ("File too large", "as on a full disk"))
         Series(campaign, job, tally).go(job.again)
 
 
-def _refused(job: Job, tally: Tally, ended: Ended, sign: str) -> None:
+def _refused(job: Job, tally: Tally, ended: Ended, signs: tuple[str, ...]) -> None:
     """See that a command that could not write says so in a line, and that nothing is broken."""
     tally.count(job.stage())
-    if not ended.clean or sign not in ended.message:
+    if not ended.clean or not any(sign in ended.message for sign in signs):
         raise Lost(f"ended with {ended.code}: {ended.message[-3000:]}")
     job.check()
 

@@ -16,13 +16,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from stance.errors import UsageError
+from stance.errors import UsageError, first_line
 
-__all__ = ["NewFolder", "clear_partials", "hold", "is_full", "replacing", "swap", "sync_folder", "take_lock"]
+__all__ = [
+    "NewFolder",
+    "clear_partials",
+    "hold",
+    "replacing",
+    "swap",
+    "sync_folder",
+    "take_lock",
+    "why_unwritten",
+]
 
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_SWAP = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_FULL = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "inline_container")
+_FULL = ("No space left", "File too large", "Disk quota exceeded")
+_TORCH = ("PytorchStreamWriter", "inline_container")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -116,6 +126,7 @@ def hold(path: Path, output: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink()
+        sync_folder(path.parent)
         os.close(handle)
 
 
@@ -134,9 +145,13 @@ def _locked(handle: int) -> bool:
     return True
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error of any library says that a disk is full: many have no type for it."""
-    return isinstance(error, Exception) and any(sign in str(error) for sign in _FULL)
+def why_unwritten(error: BaseException) -> str | None:
+    """Return why a file could not be written, if that is what an error of any library says: many have no type for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if any(sign in str(error) for sign in _TORCH):
+        return "a file could not be written to its end, as on a full disk"
+    return first_line(error) if any(sign in str(error) for sign in _FULL) else None
 
 
 class NewFolder:
@@ -190,4 +205,5 @@ class NewFolder:
     def close(self) -> None:
         """Remove what is not needed any more, and let other processes in."""
         shutil.rmtree(self._work, ignore_errors=True)
+        sync_folder(self.output.parent)
         os.close(self._lock)

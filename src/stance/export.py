@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stance.atomic import NewFolder, is_full, replacing
+from stance.atomic import NewFolder, replacing, why_unwritten
 from stance.checkpoint import (
     MANIFEST,
     STANCE_FILE,
@@ -143,9 +143,9 @@ def _failures_told(output: Path) -> Iterator[None]:
     except StanceError:
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and not is_full(error):
+        reason = why_unwritten(error)
+        if reason is None:
             raise
-        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise ExportError(
             f"{output}: writing failed: {reason} - free space or choose another folder"
         ) from error

@@ -197,6 +197,7 @@ class WorkFolder:
         """Remove the work folder and give the lock back."""
         self._forget()
         shutil.rmtree(self.path, ignore_errors=True)
+        _sync_folder(self.output.parent)
         self.close()
 
     def _forget(self) -> None:

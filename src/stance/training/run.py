@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 from stance import __version__
 from stance.annotations import Statement
-from stance.atomic import is_full
+from stance.atomic import sync_folder, why_unwritten
 from stance.calibration import fit_calibration
 from stance.checkpoint import checkpoint_step, verify, write_json
 from stance.config import Config
@@ -103,16 +103,14 @@ def train(
         try:
             with trackers_below(folder):
                 return _train(config, folder, plan, processes, force, clock, log)
-        except OSError as error:
-            raise _writing_failed(folder, error.strerror or error) from error
         except StanceError as error:
             if processes.main:
                 with suppress(OSError):
                     record.end_session(folder, seconds=clock.seconds, ended=type(error).__name__)
             raise
         except Exception as error:
-            if is_full(error):
-                raise _writing_failed(folder, error) from error
+            if reason := why_unwritten(error):
+                raise _writing_failed(folder, reason) from error
             if tracker := tracker_of(error, config.training.report_to):
                 raise TrainingError(
                     f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
@@ -120,7 +118,7 @@ def train(
             raise
 
 
-def _writing_failed(folder: Path, reason: object) -> TrainingError:
+def _writing_failed(folder: Path, reason: str) -> TrainingError:
     return TrainingError(
         f"{folder}: writing failed: {reason} - free space or choose another output_dir, then go on with --resume"
     )
@@ -194,6 +192,7 @@ def _train(
         write_json(folder / "run.json", run)
         (folder / record.SESSIONS).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        sync_folder(folder)
         return TrainingResult(folder, metrics, run)
 
     processes.by_main(start)
