@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ended", "Kill", "finish", "launch", "run", "warm_up"]
+__all__ = ["Ended", "Kill", "finish", "launch", "pause", "run", "warm_up"]
 
 LIMIT = 400.0
 """Seconds after which a command is held to hang."""
@@ -164,6 +164,11 @@ def run(
 ) -> Ended:
     """Run ``stance ARGUMENTS`` in a process of its own until it ends or is killed."""
     return finish(launch(arguments, watched, kill, before))
+
+
+def pause(seconds: float) -> None:
+    """Wait; time.sleep cannot, where the clock is set meanwhile."""
+    select.select([], [], [], seconds)
 
 
 def _be_the_command(

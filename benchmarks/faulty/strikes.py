@@ -67,10 +67,10 @@ class Campaign:
 
     def share(self, fault: str, jobs: list[Job]) -> Iterator[tuple[Job, Tally, int]]:
         """Divide the number of a fault among jobs, the slower the fewer: each with its tally and its goal."""
-        weights = [1 / job.seconds for job in jobs]
+        weights = [1 / math.sqrt(job.seconds) for job in jobs]
         for job, weight in zip(jobs, weights, strict=True):
             tally = self.tally(fault, job.kind)
-            number = max(1, round(self.numbers[fault] * weight / sum(weights)))
+            number = math.ceil(self.numbers[fault] * weight / sum(weights))
             print(f"{fault}: {job.kind} {job.name}", file=sys.stderr, flush=True)
             yield job, tally, tally.tried + number
 
@@ -129,7 +129,7 @@ class Series:
         disk = self.campaign.place.disk
         running = processes.launch(arguments, disk, kill)
         if self.during is not None:
-            time.sleep(self.campaign.rng.uniform(0, self.job.seconds))
+            processes.pause(self.campaign.rng.uniform(0, self.job.seconds))
             self.during()
         return processes.finish(running)
 
@@ -286,7 +286,7 @@ def two(campaign: Campaign, jobs: list[Job]) -> None:
             with losses(tally, job):
                 job.prepare(disk)
                 first = processes.launch(job.start, disk)
-                time.sleep(campaign.rng.choice([0.0, campaign.rng.uniform(0, job.seconds)]))
+                processes.pause(campaign.rng.choice([0.0, campaign.rng.uniform(0, job.seconds)]))
                 commands = [job.start, job.again, *([job.anew] if job.anew else [])]
                 second = processes.finish(processes.launch(campaign.rng.choice(commands), disk))
                 _one_of_them(job, tally, [processes.finish(first), second])
