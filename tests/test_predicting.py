@@ -543,6 +543,7 @@ def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, mo
     before = (tmp_path / "out.csv").read_bytes()
     assert run(model, source, tmp_path / "out.csv", resume=True).finished
     assert (tmp_path / "out.csv").read_bytes() == before
+    assert beside(tmp_path / "out.csv") == {"in.jsonl", "out.csv", "out.csv.meta.json"}
 
 
 def test_a_run_killed_while_it_begins_anew_leaves_nothing_to_resume(model, source, tmp_path, monkeypatch):
@@ -593,6 +594,21 @@ def test_two_processes_do_not_write_one_output(model, source, tmp_path):
         run(model, source, tmp_path / "out.csv")
     other.close()
     assert run(model, source, tmp_path / "out.csv").labelled == 100
+
+
+def test_what_another_process_has_just_written_is_not_overwritten(model, source, tmp_path, monkeypatch):
+    """It was not there when the call was checked."""
+    taken = predicting._identity
+
+    def meanwhile(*arguments, **options):
+        (tmp_path / "out.csv").write_text("theirs")
+        return taken(*arguments, **options)
+
+    monkeypatch.setattr(predicting, "_identity", meanwhile)
+    with pytest.raises(UsageError, match=r"out\.csv: another process has just written it"):
+        run(model, source, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "theirs"
+    assert run(model, source, tmp_path / "out.csv", force=True).labelled == 100
 
 
 # --- what cannot be ------------------------------------------------------------------------------

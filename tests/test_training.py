@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import corpus_rows, write_jsonl
+from stance.atomic import hold
 from stance.checkpoint import newest_verified, sha256, verify
 from stance.cli import main
 from stance.config import Config, load_config
@@ -629,6 +630,31 @@ def test_another_run_is_not_resumed(make_config, corpus, tmp_path, what):
         run(path, resume=True)
     assert caught.value.exit_code == 2
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("call", [{}, {"resume": True}, {"force": True}])
+def test_two_processes_do_not_write_one_run(make_config, tmp_path, call):
+    with hold(tmp_path / "run" / ".lock", tmp_path / "run"):
+        with pytest.raises(UsageError, match=r"run: another process is writing it"):
+            run(make_config(), **call)
+        assert names(tmp_path / "run") == {".lock"}
+    assert names(run(make_config(), **call).output_dir) == RUN_FILES
+
+
+def test_what_a_kill_at_the_end_left_goes_with_resume(make_config, tmp_path):
+    path = make_config()
+    run(path)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-12").mkdir(parents=True)
+    for name in (".lock", ".run.json.partial", ".splits.csv.partial-7", "sessions.json"):
+        (tmp_path / "run" / name).write_text("")
+    run(path, resume=True)
+    assert names(tmp_path / "run") == RUN_FILES
+
+
+def test_a_kill_before_the_run_has_begun_is_in_no_ones_way(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("")
+    assert names(run(make_config()).output_dir) == RUN_FILES
 
 
 def test_resume_without_a_run_starts_one(make_config):

@@ -129,7 +129,7 @@ def predict_on_cluster(
             for part in _in_actors(blocks, Work(chosen, layout, sizes, order.folder), cluster):
                 yield part.rows, partial(_same, part)
 
-        summary = run.to_file(labelled, resume=resume)
+        summary = run.to_file(labelled, resume=resume, force=force)
     actors = f"{cluster.num_actors} actors" if cluster.num_actors != 1 else "1 actor"
     return replace(summary, backend=f"{summary.backend}, {actors} of Ray")
 

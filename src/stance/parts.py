@@ -20,11 +20,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from stance.atomic import sync_folder as _sync_folder
+from stance.atomic import take_lock
 from stance.checkpoint import write_json
 from stance.errors import StanceError, UsageError
 
@@ -130,16 +132,17 @@ class WorkFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return True
 
-    def open(self, identity: Mapping[str, Any], *, resume: bool) -> Progress:
+    def open(self, identity: Mapping[str, Any], *, resume: bool, force: bool = False) -> Progress:
         """Take the lock and begin, or go on where the state file says.
 
         Raises:
-            UsageError: another process writes this output, or an earlier run of it was of another
-                model, input or options.
+            UsageError: another process writes this output, or has just written it and ``force`` is not given;
+                or an earlier run of it was of another model, input or options.
         """
         self._identity = json.loads(json.dumps(identity))
         try:
-            self._take_lock()
+            self._lock = take_lock(self.path / "lock", self.output)
+            _sync_folder(self.path.parent)
         except OSError as error:
             raise UsageError(
                 f"{self.output}: cannot be written: {error.strerror or error} - choose another place"
@@ -147,6 +150,10 @@ class WorkFolder:
         try:
             if resume and self.exists():
                 self.progress = self._stored()
+            elif self.output.exists() and not force:
+                raise UsageError(
+                    f"{self.output}: another process has just written it - look at it, or replace it with --force"
+                )
             else:
                 self._begin()
         except BaseException:
@@ -160,25 +167,6 @@ class WorkFolder:
             if path.name != "lock":
                 path.unlink()
         self._save()
-
-    def _take_lock(self) -> None:
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.path.parent)
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-            if not _locked(handle):
-                os.close(handle)
-                raise UsageError(
-                    f"{self.output}: another process is writing it - wait, or choose another output"
-                )
-            try:  # the folder may have gone between opening and locking
-                same = os.stat(self.path / "lock").st_ino == os.fstat(handle).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
-                self._lock = handle
-                return
-            os.close(handle)
 
     def _stored(self) -> Progress:
         path = self.path / "state.json"
@@ -266,6 +254,7 @@ class WorkFolder:
         """Remove the work folder and give the lock back."""
         self._forget()
         shutil.rmtree(self.path, ignore_errors=True)
+        _sync_folder(self.output.parent)
         self.close()
 
     def _forget(self) -> None:
@@ -276,37 +265,18 @@ class WorkFolder:
             return  # then the parts cannot be removed either
         _sync_folder(self.path)
 
+    def clear(self) -> None:
+        """Remove what a run left that was killed when its output was there."""
+        if self.path.is_dir():
+            with suppress(UsageError, OSError):
+                self._lock = take_lock(self.path / "lock", self.output)
+                self.discard()
+
     def close(self) -> None:
         """Give the lock back; the work stays for --resume."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _locked(handle: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _sync_folder(path: Path) -> None:
-    """Bring a folder's names to the disk, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def _short(value: object) -> str:

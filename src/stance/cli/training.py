@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,14 +81,15 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
     from stance.processes import current
     from stance.training import train as run_training
 
-    result = run_training(config, resume=resume, force=force, log=say)
     report: dict[str, Any] = {}
 
     def close() -> None:
         report.update(_held_out_report(config, result, baselines=baselines))
         _print_report(report, result.output_dir)
 
-    current().by_main(close)
+    with ExitStack() as held:  # other processes are kept out until the report is there too
+        result = run_training(config, resume=resume, force=force, log=say, held=held)
+        current().by_main(close)
     return report
 
 

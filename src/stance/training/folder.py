@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stance import __version__
 from stance.annotations import Statement, load_statements
+from stance.atomic import clear_partials, hold, replacing, sync_folder
 from stance.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -42,6 +42,7 @@ __all__ = [
     "checkpoint_to_resume",
     "identify_run",
     "load_parts",
+    "lock",
     "prepare_folder",
     "remove_run",
     "write_inputs",
@@ -50,6 +51,7 @@ __all__ = [
 
 CHECKPOINTS = "checkpoints"
 _MODEL_STAGING = ".model.partial"
+_LOCK = ".lock"
 
 
 def load_parts(config: Config) -> dict[str, list[Statement]]:
@@ -121,6 +123,16 @@ def _parts_sha256(parts: dict[str, list[Statement]]) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
+def lock(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes out of a run folder while the block lasts.
+
+    Raises:
+        UsageError: another process writes there.
+        OSError: nothing can be written there.
+    """
+    return hold(folder / _LOCK, folder)
+
+
 def prepare_folder(
     folder: Path, identity: dict[str, Any], *, resume: bool, force: bool
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -150,10 +162,9 @@ def prepare_folder(
             done = [folder / name for name in (MANIFEST, "metrics.json", "run.json")]
             if all(path.is_file() for path in done):
                 verify(folder)
+                _clear(folder, (CHECKPOINTS, _MODEL_STAGING, "sessions.json"))
                 return read_json(folder, "metrics.json"), read_json(folder, "run.json")
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        _clear(folder)
     except OSError as error:
         raise UsageError(f"{folder}: output_dir cannot be written: {error.strerror}") from None
     return None
@@ -161,9 +172,18 @@ def prepare_folder(
 
 def _contents(folder: Path) -> set[str]:
     """The names in a folder, but for what a run that could not even start leaves."""
-    names = {p.name for p in folder.iterdir()} - {".identity.json.partial"}
+    names = {p.name for p in folder.iterdir()} - {".identity.json.partial", _LOCK}
     empty = CHECKPOINTS in names and not any((folder / CHECKPOINTS).iterdir())
     return names - {CHECKPOINTS} if empty else names
+
+
+def _clear(folder: Path, names: Sequence[str] = ()) -> None:
+    """Remove what processes left that were killed while they wrote, or when all was done."""
+    for place in (folder, folder / "report"):
+        clear_partials(place)
+    for name in names:
+        with suppress(OSError):
+            (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
 
 
 def _is_run(folder: Path) -> bool:
@@ -204,7 +224,9 @@ def write_inputs(
 ) -> None:
     """Write what a run was asked to do: its identity, the config as resolved, each row's split."""
     write_json(folder / "identity.json", identity)  # first: it makes the folder a run's
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    sync_folder(folder.parent)
+    with replacing(folder / "config.yaml") as handle:
+        handle.write(config.to_yaml().encode())
     rows = (
         {"where": s.where, "id": s.id, "split": split, "statement": statement_key(s)}
         for split, rows in parts.items()

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 
 from stance import __version__
 from stance.annotations import Statement
+from stance.atomic import sync_folder, why_unwritten
 from stance.calibration import fit_calibration
 from stance.checkpoint import checkpoint_step, verify, write_json
 from stance.config import Config
@@ -66,6 +67,7 @@ def train(
     force: bool = False,
     log: Callable[[str], None] | None = None,
     parts: dict[str, list[Statement]] | None = None,
+    held: ExitStack | None = None,
 ) -> TrainingResult:
     """Train, choose the best checkpoint on validation, and write the model folder.
 
@@ -79,10 +81,11 @@ def train(
             is finished already is returned as it stands.
         force: remove an earlier run in ``output_dir``, once the new one can start.
         log: receives one line of progress at a time; default: standard error.
+        held: keeps other processes out of ``output_dir`` until it is closed; default: until this returns.
 
     Raises:
         UsageError: ``output_dir`` holds a run and neither ``resume`` nor ``force`` is given, or it
-            holds the run of another config or other data.
+            holds the run of another config or other data, or another process writes there.
         ConfigError: so many processes cannot share a step.
         DataError: the annotated files cannot be used.
         TrainingError: a loss or weight is not finite, the disk is full, or another process ended.
@@ -92,27 +95,22 @@ def train(
     folder = Path(config.output_dir)
     processes = join(cpu=trains_on_cpu(config))
     clock = record.Clock()
-    with processes.connection():
-        plan = processes.by_main(lambda: _plan(config, folder, parts, resume, force, log))
+    with processes.connection(), ExitStack() as own:
+        plan = processes.by_main(lambda: _plan(config, folder, parts, resume, force, log, held or own))
         if plan.finished:
             return TrainingResult(folder, *plan.finished)
         clock.lap("prepare")
         try:
             with trackers_below(folder):
                 return _train(config, folder, plan, processes, force, clock, log)
-        except OSError as error:
-            raise _writing_failed(folder, error.strerror or error) from error
         except StanceError as error:
             if processes.main:
                 with suppress(OSError):
                     record.end_session(folder, seconds=clock.seconds, ended=_ending(error))
             raise
         except Exception as error:
-            # safetensors and torch report a full disk as their own kinds of error.
-            if any(
-                sign in str(error) for sign in ("No space left", "PytorchStreamWriter", "inline_container")
-            ):
-                raise _writing_failed(folder, error) from error
+            if reason := why_unwritten(error):
+                raise _writing_failed(folder, reason) from error
             if tracker := tracker_of(error, config.training.report_to):
                 raise TrainingError(
                     f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
@@ -127,21 +125,34 @@ def _ending(error: StanceError) -> str:
     )
 
 
-def _writing_failed(folder: Path, reason: object) -> TrainingError:
+def _writing_failed(folder: Path, reason: str) -> TrainingError:
     return TrainingError(
         f"{folder}: writing failed: {reason} - free space or choose another output_dir, then go on with --resume"
     )
 
 
 def _plan(
-    config: Config, folder: Path, parts: Parts | None, resume: bool, force: bool, log: Callable[[str], None]
+    config: Config,
+    folder: Path,
+    parts: Parts | None,
+    resume: bool,
+    force: bool,
+    log: Callable[[str], None],
+    held: ExitStack,
 ) -> _Plan:
     """Read the data, make the folder ready, and look for what is there already."""
     identity = run_folder.identify_run(config, parts)
     if parts is None:
         parts = run_folder.load_parts(config)
     run_folder.check_parts(parts, config.task_list, config.training.metric_for_best_model)
+    unwritable = None
+    try:
+        held.enter_context(run_folder.lock(folder))
+    except OSError as error:
+        unwritable = error  # a finished run can be shown all the same
     finished = run_folder.prepare_folder(folder, identity, resume=resume, force=force)
+    if unwritable and not finished:
+        raise UsageError(f"{folder}: output_dir cannot be written: {unwritable.strerror}")
     if finished:
         log(f"{folder}: this run is finished already; use --force to train it again")
     checkpoint = run_folder.checkpoint_to_resume(folder, log) if resume and not finished else None
@@ -188,6 +199,7 @@ def _train(
         write_json(folder / "run.json", run)
         (folder / record.SESSIONS).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        sync_folder(folder)
         return TrainingResult(folder, metrics, run)
 
     processes.by_main(start)
