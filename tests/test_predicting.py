@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import corpus_rows, write_jsonl
-from stance import Classifier, load
+from stance import Classifier, load, predicting
 from stance import source as source_module
 from stance.errors import DataError, StanceError, UsageError
 from stance.parts import WorkFolder
@@ -598,13 +598,13 @@ def test_two_processes_do_not_write_one_output(model, source, tmp_path):
 
 def test_what_another_process_has_just_written_is_not_overwritten(model, source, tmp_path, monkeypatch):
     """It was not there when the call was checked."""
-    taken = predicting._identity
+    taken = predicting.identity
 
     def meanwhile(*arguments, **options):
         (tmp_path / "out.csv").write_text("theirs")
         return taken(*arguments, **options)
 
-    monkeypatch.setattr(predicting, "_identity", meanwhile)
+    monkeypatch.setattr(predicting, "identity", meanwhile)
     with pytest.raises(UsageError, match=r"out\.csv: another process has just written it"):
         run(model, source, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "theirs"
