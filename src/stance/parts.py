@@ -130,12 +130,12 @@ class WorkFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return True
 
-    def open(self, identity: Mapping[str, Any], *, resume: bool) -> Progress:
+    def open(self, identity: Mapping[str, Any], *, resume: bool, force: bool = False) -> Progress:
         """Take the lock and begin, or go on where the state file says.
 
         Raises:
-            UsageError: another process writes this output, or an earlier run of it was of another
-                model, input or options.
+            UsageError: another process writes this output, or has just written it and ``force`` is not given;
+                or an earlier run of it was of another model, input or options.
         """
         self._identity = json.loads(json.dumps(identity))
         try:
@@ -147,6 +147,10 @@ class WorkFolder:
         try:
             if resume and self.exists():
                 self.progress = self._stored()
+            elif self.output.exists() and not force:
+                raise UsageError(
+                    f"{self.output}: another process has just written it - look at it, or replace it with --force"
+                )
             else:
                 self._begin()
         except BaseException:

@@ -94,7 +94,7 @@ def predict_files(
         for part, values in Labeller(classifier, layout).labelled(source.parts(done), threaded=threaded):
             yield len(part.rows), partial(layout.pack, part, values)
 
-    return run.to_file(labelled, resume=resume)
+    return run.to_file(labelled, resume=resume, force=force)
 
 
 class Run:
@@ -154,18 +154,20 @@ class Run:
         labelled: Callable[[Source, Layout, Progress], Generator[Pending]],
         *,
         resume: bool,
+        force: bool,
     ) -> Summary:
         """Write parts into the work folder, then the output.
 
         Args:
             labelled: gives the parts of the source that are not done, in any order.
             resume: go on with a run that was interrupted.
+            force: replace the output.
         """
         work = WorkFolder(Path(self._output))
         if resume and not work.exists() and work.output.exists():
             return self._finished(work)
         source, layout = self._open()
-        done = work.open(self.identity, resume=resume)
+        done = work.open(self.identity, resume=resume, force=force)
         if done.rows:
             self._log(f"going on after {done.rows} rows")
         try:
