@@ -92,7 +92,7 @@ def test_parquet_folders_are_labelled_as_by_one_process(cluster, model, trained,
         pyarrow.parquet.write_table(table, paths[-1], row_group_size=group)
     alone(model, paths, tmp_path / "one.parquet", probabilities=True, shard=(2, 2))
     summary = on_cluster(trained, paths, tmp_path / "many.parquet", probabilities=True, shard=(2, 2))
-    assert summary.backend == "torch fp32 on cpu, 2 actors of Ray"
+    assert summary.backend == "torch fp32 on cpu, by Ray"
     same_bytes(tmp_path / "one.parquet", tmp_path / "many.parquet")
 
 
@@ -188,7 +188,7 @@ def test_a_killed_driver_and_a_killed_actor_lose_nothing(cluster, model, trained
     assert f"going on after {done} rows" in told
     assert "died or was killed" in told
     assert "Traceback" not in told
-    assert told.splitlines()[-1].endswith("rows rejected (torch fp32 on cpu, 2 actors of Ray)")
+    assert told.splitlines()[-1].endswith("rows rejected (torch fp32 on cpu, by Ray)")
     same_bytes(tmp_path / "one.csv", output)
 
 

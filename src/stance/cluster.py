@@ -130,8 +130,7 @@ def predict_on_cluster(
                 yield part.rows, partial(_same, part)
 
         summary = run.to_file(labelled, resume=resume, force=force)
-    actors = f"{cluster.num_actors} actors" if cluster.num_actors != 1 else "1 actor"
-    return replace(summary, backend=f"{summary.backend}, {actors} of Ray")
+    return replace(summary, backend=f"{summary.backend}, by Ray")
 
 
 def _same(part: Packed) -> Packed:
@@ -222,7 +221,7 @@ def _streamed(blocks: Sequence[Block], work: Work, cluster: Cluster) -> Iterator
             fn_constructor_args=(work,),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=actors),
+            compute=ActorPoolStrategy(size=min(actors, len(rows))),
             num_cpus=1,
             num_gpus=cluster.gpus_per_actor or None,
         )

@@ -161,7 +161,7 @@ class Run:
         Args:
             labelled: gives the parts of the source that are not done, in any order.
             resume: go on with a run that was interrupted.
-            force: replace an output that is there.
+            force: replace the output.
         """
         work = WorkFolder(Path(self._output))
         if resume and not work.exists() and work.output.exists():

@@ -98,6 +98,7 @@ def _terminable() -> Iterator[None]:
 def _ray_errors() -> Iterator[None]:
     """Turn what Ray raises into one clear message."""
     import ray.data  # sets its logger up
+    from ray.data.exceptions import ExecutionTimeoutError, SystemException
     from ray.exceptions import RayError
 
     logger = logging.getLogger(ray.data.__name__)
@@ -105,7 +106,7 @@ def _ray_errors() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)  # it prints the stack of every error that it raises too
     try:
         yield
-    except RayError as error:
+    except (RayError, ExecutionTimeoutError, SystemException) as error:
         cause = getattr(error, "cause", None) or error
         raise StanceError(f"Ray: {type(cause).__name__}: {first_line(cause)}") from error
     finally:
