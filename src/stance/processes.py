@@ -19,12 +19,14 @@ from stance.errors import StanceError, TrainingError, first_line
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["PeerLost", "Processes", "current", "join", "launched", "leave", "tells"]
+__all__ = ["PeerLost", "Processes", "current", "join", "launched", "leave", "tells", "told"]
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """The others wait this long for what the main process does alone: a report may take hours."""
+_TELLING = timedelta(seconds=10)
+"""Processes that fail later wait this long for the first to say why."""
 _LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 """What the errors of a broken connection say; torch has no type for gloo's."""
 
@@ -125,13 +127,29 @@ class Processes:
         if self._board is None:
             return True
         try:
-            name = f"stance/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-            return bool(self._board.compare_set(name, "", str(self.index)) == str(self.index).encode())
+            return bool(self._board.compare_set(_failed(), "", str(self.index)) == str(self.index).encode())
         except RuntimeError:
             return True  # nobody left to ask: twice is better than never
 
+    def say_told(self) -> None:
+        """Let the processes go that wait in :meth:`wait_told`."""
+        if self._board is not None:
+            with suppress(RuntimeError):
+                self._board.set(f"{_failed()}/told", "1")
+
+    def wait_told(self) -> None:
+        """Wait until the first process to fail has said why: the launcher stops it when another one ends."""
+        if self._board is not None:
+            with suppress(RuntimeError):
+                self._board.wait([f"{_failed()}/told"], _TELLING)
+
 
 _joined: Processes | None = None
+
+
+def _failed() -> str:
+    """The key under which the first process to fail enters itself, one for each start by the launcher."""
+    return f"stance/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def launched() -> bool:
@@ -187,11 +205,20 @@ def leave() -> None:
 def tells(error: BaseException | None = None) -> bool:
     """Whether this process is the one that prints an error: of several that fail, the first alone."""
     if isinstance(error, _FailedElsewhere):
+        current().wait_told()
         return False
     if _joined is None:
         # Not connected yet: all fail alike, at least on one machine.
         return not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
-    return _joined.first_to_fail()
+    first = _joined.first_to_fail()
+    if not first:
+        _joined.wait_told()
+    return first
+
+
+def told() -> None:
+    """Say that this process has printed its error, if :func:`tells` told it to."""
+    current().say_told()
 
 
 def _is_lost(error: RuntimeError) -> bool:

@@ -22,7 +22,7 @@ from stance.cli.options import say
 from stance.cli.training import train
 from stance.cli.use import export, predict, verify
 from stance.errors import StanceError
-from stance.processes import tells
+from stance.processes import tells, told
 
 __all__ = ["app", "main"]
 
@@ -52,10 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StanceError as error:
         if tells(error):
             say(f"stance: {error}")
+            told()
         code = error.exit_code
     except KeyboardInterrupt:
         if tells():
             say("stance: stopped")
+            told()
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         code = _reader_gone()
@@ -65,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if tells():
             say(f"stance: {error.filename or 'standard output'}: {error.strerror or error}")
+            told()
         code = 1
         if error.filename is None:
             _reader_gone()
@@ -78,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show = getattr(error, "show", None)
         if show and first:
             show()
+            told()
         code = error.exit_code
     sys.exit(code)
 
