@@ -117,7 +117,7 @@ class Processes:
                 raise
             raise PeerLost(
                 f"process {self.index} of {self.number}: another process of this run ended without a word, or "
-                f"cannot be reached: {first_line(error)} - see the launcher's lines, then go on with --resume"
+                f"cannot be reached: {first_line(error).partition('. ')[0]} - see the launcher's lines, then go on with --resume"
             ) from error
 
     def first_to_fail(self) -> bool:

@@ -188,10 +188,10 @@ def _stored_report(run: Path, *, baselines: bool) -> dict[str, Any] | None:
 
 def _print_seeds(results: dict[int, dict[str, Any]], folder: Path) -> None:
     from stance.checkpoint import write_json
-    from stance.evaluation import seed_scores
+    from stance.metrics import figures_over
 
     reports = list(results.values())
-    scores = seed_scores(reports, [])["scores"]
+    scores = figures_over([report["scores"] for report in reports])
     print(f"\n{len(reports)} seeds: mean and standard deviation of {reports[0]['split']} figures")
     for task, figures in scores.items():
         print(f"  {task}: {mean_and_deviation(figures)}")

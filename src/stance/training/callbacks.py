@@ -89,7 +89,10 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
 
 @contextmanager
 def signals(guard: Guard) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end training after the step at hand; a second one ends it at once."""
+    """Let SIGTERM and Ctrl-C end training after the step at hand; a second one ends it at once.
+
+    A process that fails beside others is sent SIGTERM by the launcher: it is ending already, and tells why.
+    """
 
     def receive(number: int, _: Any) -> None:
         if guard.received:
@@ -103,6 +106,10 @@ def signals(guard: Guard) -> Iterator[None]:
         return
     try:
         yield
+    except BaseException:
+        if guard.processes.number > 1:
+            old[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -140,6 +147,7 @@ class Progress(TrainerCallback):
                     file=sys.stderr,
                 )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def close(self) -> None:
+        """End the bar's line, also when training failed: a message must begin on its own."""
         if self.bar is not None:
             self.bar.close()

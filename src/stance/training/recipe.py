@@ -38,7 +38,6 @@ from stance.model import (
 )
 from stance.processes import Processes, current
 from stance.training.batches import LengthGroupedRows, even_rounds, share_of_step
-from stance.training.callbacks import Progress
 from stance.training.folder import CHECKPOINTS
 from stance.training.trackers import check_trackers
 
@@ -119,7 +118,6 @@ def build_trainer(
     _check_sharding(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
     if processes.index:
         set_seed(settings.seed + processes.index)  # other rows, other dropout masks
     return trainer, loss
@@ -265,7 +263,9 @@ def balanced_weights(
 def input_length(config: Config, tokenizer: Any, model: Any) -> int:
     """The model's input length in tokens: the config's, or less where the encoder takes less."""
     own = model.base_model.config
-    positions = getattr(own, "max_position_embeddings", None) or config.data.max_length
+    positions = getattr(own, "max_position_embeddings", None) or -1
+    if positions < 1:  # relative positions: none is the last (XLNet says -1)
+        positions = config.data.max_length
     if own.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= own.pad_token_id + 1  # their positions begin behind the padding's id
     return int(min(config.data.max_length, tokenizer.model_max_length, positions))

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from stance.processes import Processes, join
 from stance.provenance import package_versions
 from stance.training import folder as run_folder
 from stance.training import record
-from stance.training.callbacks import Guard, out_of_patience, signals
+from stance.training.callbacks import Guard, Progress, out_of_patience, signals
 from stance.training.folder import CHECKPOINTS
 from stance.training.recipe import build_trainer, input_length, trains_on_cpu
 from stance.training.trackers import tracker_of, trackers_below
@@ -106,7 +106,7 @@ def train(
         except StanceError as error:
             if processes.main:
                 with suppress(OSError):
-                    record.end_session(folder, seconds=clock.seconds, ended=type(error).__name__)
+                    record.end_session(folder, seconds=clock.seconds, ended=_ending(error))
             raise
         except Exception as error:
             if reason := why_unwritten(error):
@@ -116,6 +116,13 @@ def train(
                     f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
                 ) from error
             raise
+
+
+def _ending(error: StanceError) -> str:
+    """How a session ended: by which signal or kind of error."""
+    return (
+        signal.Signals(error.exit_code - 128).name if isinstance(error, Interrupted) else type(error).__name__
+    )
 
 
 def _writing_failed(folder: Path, reason: str) -> TrainingError:
@@ -222,15 +229,16 @@ def _run(
     processes: Processes,
 ) -> None:
     patience = config.training.early_stopping_patience
-    guard = Guard(folder / CHECKPOINTS, loss, processes)
+    guard, progress = Guard(folder / CHECKPOINTS, loss, processes), Progress()
     trainer.add_callback(guard)
+    trainer.add_callback(progress)
     if checkpoint:
         _check_same_kind(trainer, checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if out_of_patience(state, patience):  # it ended there; the Trainer itself would train on
             trainer.state = state
             return
-    with signals(guard):
+    with signals(guard), closing(progress):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     # Early stopping ends before max_steps too: then nothing is left to resume.
