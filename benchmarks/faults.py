@@ -31,6 +31,7 @@ os.environ |= {
 import argparse
 import glob
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ from pathlib import Path
 
 from faulty.jobs import Place, make_jobs
 from faulty.processes import warm_up
-from faulty.strikes import STRIKES, Campaign
+from faulty.strikes import CLOCK, STRIKES, Campaign, Tally
 
 KINDS = ("training", "prediction", "export")
 
@@ -54,49 +55,75 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--quick", action="store_true", help="one command of each kind")
     arguments = parser.parse_args()
-    _fake_the_clock(arguments.only)
-    warm_up()
-    with tempfile.TemporaryDirectory(prefix="stance-faults-") as name:
-        campaign = Campaign(
-            Place(Path(name)),
-            random.Random(arguments.seed),
-            {fault: arguments.number if fault == "kill" else arguments.others for fault in STRIKES},
-        )
-        os.environ["XDG_CACHE_HOME"] = str(campaign.place.root / "cache")
-        started = time.monotonic()
-        jobs = make_jobs(campaign.place, arguments.jobs, quick=arguments.quick)
-        for job in jobs:
-            job.learn(campaign.place.disk)
-        for fault in arguments.only:
-            for kind in arguments.jobs:
-                STRIKES[fault](campaign, [job for job in jobs if job.kind == kind])
-    print(_table(campaign))
+    started = time.monotonic()
+    print(
+        "| fault | of | tried | survived | when it struck, or how it ended |\n| --- | --- | --- | --- | --- |"
+    )
+    lost = _strike(arguments)
     print(f"\n{(time.monotonic() - started) / 60:.0f} minutes, seed {arguments.seed}")
-    sys.exit(any(tally.lost for tally in campaign.tallies.values()))
+    sys.exit(lost)
 
 
-def _fake_the_clock(faults: list[str]) -> None:
-    """Start anew below libfaketime, where it is installed, if the clock is to be set."""
-    found = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
-    if "clock" not in faults or not found or "FAKETIME_TIMESTAMP_FILE" in os.environ:
-        return
-    handle, file = tempfile.mkstemp(prefix="stance-clock-")
-    os.write(handle, b"+0\n")
-    fake = {"LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": file, "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}  # fmt: skip
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **fake})
+def _strike(arguments: argparse.Namespace) -> bool:
+    """Try all faults and print their rows; return whether anything was lost."""
+    apart = "clock" in arguments.only and not os.environ.get(CLOCK) and _faketime()
+    faults = [fault for fault in arguments.only if fault != "clock" or not apart]
+    lost = False
+    if faults:
+        warm_up()
+        with tempfile.TemporaryDirectory(prefix="stance-faults-") as name:
+            lost = _campaign(Place(Path(name)), faults, arguments)
+    return _below_faketime(apart, arguments) or lost if apart else lost
 
 
-def _table(campaign: Campaign) -> str:
-    lines = [
-        "| fault | of | tried | survived | when it struck, or how it ended |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for (fault, kind), tally in campaign.tallies.items():
-        where = ", ".join(f"{count} {name}" for name, count in tally.where.most_common())
-        told = "; ".join(part for part in (where, tally.left_out) if part)
-        lines.append(f"| {fault} | {kind} | {tally.tried} | {tally.tried - len(tally.lost)} | {told} |")
-    return "\n".join(lines)
+def _campaign(place: Place, faults: list[str], arguments: argparse.Namespace) -> bool:
+    os.environ["XDG_CACHE_HOME"] = str(place.root / "cache")
+    numbers = {fault: arguments.number if fault == "kill" else arguments.others for fault in STRIKES}
+    campaign = Campaign(place, random.Random(arguments.seed), numbers)
+    jobs = make_jobs(place, arguments.jobs, quick=arguments.quick)
+    for job in jobs:
+        job.learn(place.disk)
+    for fault in faults:
+        for kind in arguments.jobs:
+            STRIKES[fault](campaign, [job for job in jobs if job.kind == kind])
+            print(_row(fault, kind, campaign.tally(fault, kind)), flush=True)
+    return any(tally.lost for tally in campaign.tallies.values())
+
+
+def _faketime() -> str:
+    """The library that fakes the clock; empty if it is not installed."""
+    return next(iter(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")), "")
+
+
+def _below_faketime(library: str, arguments: argparse.Namespace) -> bool:
+    """Strike with the clock in a process of its own, below libfaketime, which prints its own rows."""
+    with tempfile.NamedTemporaryFile("w", prefix="stance-clock-") as clock:
+        print("+0", file=clock, flush=True)
+        fake = {"LD_PRELOAD": library, CLOCK: clock.name, "FAKETIME_CACHE_DURATION": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}  # fmt: skip
+        options = [
+            "--others",
+            str(arguments.others),
+            "--seed",
+            str(arguments.seed),
+            "--jobs",
+            *arguments.jobs,
+        ]
+        options += ["--only", "clock", *(["--quick"] if arguments.quick else [])]
+        done = subprocess.run(
+            [sys.executable, __file__, *options],
+            env={**os.environ, **fake},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    print("".join(f"{line}\n" for line in done.stdout.splitlines() if line.startswith("| clock")), end="")
+    return done.returncode != 0
+
+
+def _row(fault: str, kind: str, tally: Tally) -> str:
+    where = ", ".join(f"{count} {name}" for name, count in tally.where.most_common())
+    told = "; ".join(part for part in (where, tally.left_out) if part)
+    return f"| {fault} | {kind} | {tally.tried} | {tally.tried - len(tally.lost)} | {told} |"
 
 
 if __name__ == "__main__":

@@ -590,6 +590,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(make_config, tmp_path, unint
     assert weights(resumed.output_dir) == weights(uninterrupted.output_dir)
 
 
+def test_damaged_later_checkpoints_do_not_outlive_a_whole_one(make_config, tmp_path):
+    """At a rate of 1e-12 the first evaluation stays the best: 4 is kept, beside the newest two."""
+    path = make_config(training={**STEPS, "learning_rate": 1e-12})
+    interrupt(path, 15)
+    folder = tmp_path / "run" / "checkpoints"
+    assert names(folder) == {"checkpoint-4", "checkpoint-12", "checkpoint-15"}
+    for step in (12, 15):
+        (folder / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+    interrupt(path, 5, resume=True)
+    assert newest_verified(folder)[0].name == "checkpoint-5"
+
+
 def test_without_a_whole_checkpoint_it_starts_anew(make_config, tmp_path, uninterrupted):
     path = make_config(training=STEPS)
     interrupt(path, 2)

@@ -176,7 +176,7 @@ def _without_times(data: bytes) -> bytes:
 
 def make_jobs(place: Place, kinds: Sequence[str], *, quick: bool) -> list[Job]:
     """Make inputs and jobs; quick: little input, and one job of each kind."""
-    _write_inputs(place, 2500 if quick else 9000)
+    _write_inputs(place, 2500 if quick else 7000)
     jobs = []
     if "training" in kinds:
         jobs += _trainings(place)

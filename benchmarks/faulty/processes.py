@@ -6,6 +6,7 @@ command's own time and no more. The parent must have no threads of its own work 
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import select
@@ -39,6 +40,8 @@ def warm_up() -> None:
     """Import what the commands need, once for all that are forked. None of these starts a thread that works."""
     for name in _WARM.split():
         import_module(name)
+    gc.collect()
+    gc.freeze()  # else the first collection of every forked process would copy all of the memory
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from faulty.disks import FaultyDisk, file_size_limit, mountable
 from faulty.jobs import Job, Lost, Place, tree
 from faulty.processes import Ended, Kill
 
-__all__ = ["STRIKES", "Campaign", "Tally"]
+__all__ = ["CLOCK", "STRIKES", "Campaign", "Tally"]
 
+CLOCK = "FAKETIME_TIMESTAMP_FILE"
+"""Names the file that libfaketime takes its time from."""
 YEARS = 10 * 365 * 86400
 AMPLE = 1 << 16
 """KiB of a disk that is large enough."""
@@ -257,7 +259,7 @@ def _nothing_changes(disk: FaultyDisk, job: Job, tally: Tally, arguments: list[s
 
 def clock(campaign: Campaign, jobs: list[Job]) -> None:
     """The clock and the files' times ten years back or forth, while it runs and where it was killed."""
-    file = os.environ.get("FAKETIME_TIMESTAMP_FILE")
+    file = os.environ.get(CLOCK)
 
     def jump() -> None:
         if file:

@@ -63,10 +63,9 @@ class Guard(TrainerCallback):
         path = self.folder / f"checkpoint-{state.global_step}"
         (path / "training_args.bin").unlink(missing_ok=True)
         write_manifest(path)
-        keep = {
-            state.best_global_step,
-            *sorted(map(checkpoint_step, self.folder.glob("checkpoint-*")))[-2:],
-        }
+        # Later ones were passed over as damaged when the run was resumed: none of them may outlive this one.
+        steps = map(checkpoint_step, self.folder.glob("checkpoint-*"))
+        keep = {state.best_global_step, *sorted(s for s in steps if s <= state.global_step)[-2:]}
         for other in self.folder.glob("checkpoint-*"):
             if checkpoint_step(other) not in keep:
                 (other / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint is none
