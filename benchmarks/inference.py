@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from measures import encoder_operations, product_rate
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
     "torch fp32": ["--backend", "torch", "--exact"],
@@ -115,40 +117,25 @@ def differences(path: Path, reference: Path) -> dict[str, float]:
     return {"flips": float(np.mean(flips)), "difference": float(np.mean(apart))}
 
 
-def gemm_rates(seconds: float = 2.0) -> dict[str, float]:
-    """Multiply-adds counted twice, in GFLOP/s, of the encoder's largest product in bf16 and int8."""
+def gemm_rates() -> dict[str, float]:
+    """The processor's GFLOP/s in the encoder's largest product, in bf16 and int8."""
     import torch
 
     m, k, n = 4096, 384, 1536
-    kinds: dict[str, Any] = {
-        "bf16": (torch.matmul, torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()),
-        "int8": (torch._int_mm, torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8)),
-    }
-    rates = {}
-    for name, (product, a, b) in kinds.items():
-        product(a, b)
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            product(a, b)
-            count += 1
-        rates[name] = 2e-9 * m * k * n * count / (time.perf_counter() - start)
-    return rates
+    bf16 = (torch.matmul, torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16())
+    int8 = (torch._int_mm, torch.ones(m, k, dtype=torch.int8), torch.ones(k, n, dtype=torch.int8))
+    return {name: product_rate(*each, "cpu") for name, each in (("bf16", bf16), ("int8", int8))}
 
 
 def operations(model: Path, rows: list[dict[str, Any]]) -> float:
     """Operations of the encoder for the distinct statements' real tokens, without padding."""
     from stance.encoding import PairEncoder
 
-    config = json.loads((model / "config.json").read_text())
-    config = config.get("encoder", config)
-    hidden, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     distinct = {(r["speaker"], "", r["text"]) for r in rows}
     mark = json.loads((model / "stance.json").read_text()).get("mark_speaker") is True
     encoder = PairEncoder(model, 128, mark_speaker=mark)
-    lengths = encoder.encode(sorted(distinct)).lengths().astype(float)
-    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner) * lengths.sum()
-    attention = 4 * hidden * (lengths**2).sum()
-    return float(layers * (linear + attention))
+    lengths = encoder.encode(sorted(distinct)).lengths()
+    return encoder_operations(json.loads((model / "config.json").read_text()), lengths)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """What more statements bring: test and carry-over figures on shares of the training statements.
 
-    python benchmarks/learning_curve.py --shares 0.1 0.25 0.5 0.75 1 --seeds 3 [--real real.jsonl] --plot curve.svg
+    python benchmarks/learning_curve.py points.jsonl --shares 0.1 0.25 0.5 0.75 1 --seeds 3 [--real real.jsonl]
+        [--full runs/default] --plot curve.svg
 
 Trains configs/default.yaml on nested random shares of the training split (whole contrast groups), the number
-of steps a share gets being that of its own epochs. Prints macro-F1 of the overall stance on the test split and,
-with ``--real``, three-way on that file (see carry_over.py).
+of steps a share gets being that of its own epochs. A point is the macro-F1 of the overall stance on the test
+split and, with ``--real``, three-way on that file (see carry_over.py). Points are appended to ``points.jsonl`` as
+they come; those that stand there are not computed again. ``--full`` takes the whole share from the runs of
+`stance train configs/default.yaml --seeds 3`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from stance.annotations import load_statements
+from stance.annotations import Statement, load_statements
 from stance.config import load_config
 from stance.evaluation import evaluate
 from stance.inference import load
@@ -28,6 +31,8 @@ from stance.training import load_parts, train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("points", type=Path)
+    parser.add_argument("--full", type=Path, help="a folder of seed-42, seed-43, ...")
     parser.add_argument("--config", default="configs/default.yaml")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -35,12 +40,15 @@ def main() -> None:
     parser.add_argument("--plot")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    points: list[dict[str, Any]] = []
-    for share in options.shares:
-        for seed in range(42, 42 + options.seeds):
-            points.append({"share": share, "seed": seed, **run(share, seed, options)})
-            print(points[-1], file=sys.stderr)
-    print(json.dumps(points, indent=1))
+    found = options.points.read_text(encoding="utf-8").splitlines() if options.points.exists() else []
+    points: list[dict[str, Any]] = [json.loads(line) for line in found]
+    done = {(p["share"], p["seed"]) for p in points}
+    wanted = [(share, seed) for share in options.shares for seed in range(42, 42 + options.seeds)]
+    for share, seed in (w for w in wanted if w not in done):
+        points.append({"share": share, "seed": seed, **run(share, seed, options)})
+        with options.points.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(points[-1]) + "\n")
+        print(points[-1], file=sys.stderr)
     if options.plot:
         plot(points, Path(options.plot))
 
@@ -48,6 +56,9 @@ def main() -> None:
 def run(share: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     config = load_config(options.config, options.set)
     parts = load_parts(config)
+    full = options.full and options.full / f"seed-{seed}"
+    if share == 1 and full:
+        return figures(full, parts, options)
     keys = sorted({s.group or s.id for s in parts["train"]})
     order = np.random.default_rng(seed).permutation(len(keys))
     kept = {keys[i] for i in order[: round(share * len(keys))]}
@@ -63,19 +74,22 @@ def run(share: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         changes = [f"data.files=[{json.dumps(str(data))}]", "data.split.column=split"]
         changes += [f"training.seed={seed}", f"output_dir={folder}/run"]
         trained = load_config(options.config, [*options.set, *changes])
-        result = train(trained, log=lambda line: None)
-        model = load(result.output_dir)
-        figures = {
-            "statements": result.run["rows"]["train"],
-            "test_macro_f1": evaluate(model, parts["test"])["scores"]["stance"]["macro_f1"],
-        }
-        if options.real:
-            per_class = evaluate(model, load_statements([options.real], trained.task_list))["scores"][
-                "stance"
-            ]["per_class"]
-            three = ("dialogue", "conflict", "neutral")
-            figures["real_three_way"] = statistics.mean(per_class[name]["f1"] for name in three)
-    return figures
+        return figures(train(trained, log=lambda line: None).output_dir, parts, options)
+
+
+def figures(folder: Path, parts: dict[str, list[Statement]], options: argparse.Namespace) -> dict[str, Any]:
+    model = load(folder)
+
+    def scores(statements: list[Statement]) -> dict[str, Any]:
+        found: dict[str, Any] = evaluate(model, statements, ablation=False)["scores"]["stance"]
+        return found
+
+    rows = json.loads((folder / "run.json").read_text(encoding="utf-8"))["rows"]
+    result = {"statements": rows["train"], "test_macro_f1": scores(parts["test"])["macro_f1"]}
+    if options.real:
+        real = scores(load_statements([options.real], model.tasks))["per_class"]
+        result["real_three_way"] = statistics.mean(real[n]["f1"] for n in ("dialogue", "conflict", "neutral"))
+    return result
 
 
 def plot(points: list[dict[str, Any]], path: Path) -> None:

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from measures import machine, wait_for
 
 VARIANTS = ("stock_max_length", "stock_dynamic", "stance")
 
@@ -70,20 +70,7 @@ def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace
             f"{name:18} {rates[name]:12.1f} {ratios[0]:10.1f} {ratios[1]:10.1f} {peak:9.0f}  {f1}",
             file=sys.stderr,
         )
-    import torch
-
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
-        "capabilities": {
-            k: v
-            for k, v in torch.cpu.get_capabilities().items()
-            if k in ("cpu_name", "amx_bf16", "avx512_bf16", "num_physical_cores")
-        },
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps({"machine": machine, "options": vars(options), "results": results}, indent=1))
+    print(json.dumps({"machine": machine(), "options": vars(options), "results": results}, indent=1))
 
 
 def run_variant(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +97,7 @@ def run_variant(variant: str, seed: int, options: argparse.Namespace) -> dict[st
         else:
             bound = options.max_steps if variant == "stock_max_length" else 0
             padding = "max_length" if variant == "stock_max_length" else "longest"
-            rate, score = run_stock(config, train, parts["validation"], padding, bound)
+            rate, score = run_stock(config, train, parts["validation"], padding, max_steps=bound)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"rate": rate, "macro_f1": score, "peak_mib": peak}
 
@@ -127,7 +114,13 @@ def run_stance(config: Any, train: list[Any], validation: list[Any]) -> tuple[fl
 
 
 def run_stock(
-    config: Any, train: list[Any], validation: list[Any], padding: str, max_steps: int
+    config: Any,
+    train: list[Any],
+    validation: list[Any],
+    padding: str,
+    *,
+    max_steps: int = 0,
+    bf16: bool = False,
 ) -> tuple[float, float | None]:
     """A Trainer as the tutorials write it, with the package's loss and metrics so that F1 compares."""
     from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -149,14 +142,15 @@ def run_stock(
         output_dir=str(Path(config.output_dir) / "stock"),
         num_train_epochs=settings.num_train_epochs,
         max_steps=max_steps or -1,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
         per_device_eval_batch_size=128,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_ratio,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=settings.use_cpu,
+        bf16=bf16,
         disable_tqdm=True,
         seed=settings.seed,
         label_names=["labels"],
@@ -179,9 +173,9 @@ def time_training(trainer: Any, callback: type, *, evaluate: bool = True) -> tup
         """Times the steps after the first two, which pay for warming up."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.end = time.perf_counter()
-            if state.global_step == 2:
-                self.start = self.end
+            if state.global_step in (2, state.max_steps):
+                wait_for(args.device.type)
+                self.start, self.end = getattr(self, "end", 0.0), time.perf_counter()
 
     from transformers.trainer_callback import PrinterCallback
 
@@ -191,8 +185,9 @@ def time_training(trainer: Any, callback: type, *, evaluate: bool = True) -> tup
     trainer.train()
     # Every epoch but the warm-up steps: full batches, and one smaller batch an epoch.
     steps = trainer.state.global_step
-    per_epoch = -(-len(trainer.train_dataset) // 32)
-    seen = len(trainer.train_dataset) * steps / per_epoch - 2 * 32
+    batch = trainer.args.per_device_train_batch_size
+    per_epoch = -(-len(trainer.train_dataset) // batch)
+    seen = len(trainer.train_dataset) * steps / per_epoch - 2 * batch
     score = trainer.evaluate()["eval_macro_f1"] if evaluate else None
     return seen / (clock.end - clock.start), score
 

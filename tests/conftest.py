@@ -38,13 +38,11 @@ def build_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random two-layer BERT, 32 wide."""
+def build_encoder(folder: Path) -> None:
+    """A random two-layer BERT, 32 wide, with its tokenizer."""
     import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("encoder")
     tokenizer = build_tokenizer(folder)
     torch.manual_seed(0)
     config = BertConfig(
@@ -56,6 +54,13 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         max_position_embeddings=64,
     )
     BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random encoder of seconds."""
+    folder = tmp_path_factory.mktemp("encoder")
+    build_encoder(folder)
     return str(folder)
 
 

@@ -108,7 +108,7 @@ def test_fp32_is_the_same_everywhere(exported, name):
 
 def test_a_run_folder_is_converted_for_openvino_where_that_pays(trained, monkeypatch):
     meta = meta_of(trained)
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: False)
     few = open_backend(trained, meta, device="cpu", rows=10)
     many = open_backend(trained, meta, device="cpu", rows=backends.ROWS_THAT_PAY)
     assert (few.name, many.name) == ("torch", "openvino")
@@ -117,11 +117,11 @@ def test_a_run_folder_is_converted_for_openvino_where_that_pays(trained, monkeyp
 
 
 def test_bf16_is_taken_where_the_processor_has_it_and_it_agrees(trained, monkeypatch):
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
     meta = meta_of(trained)
     assert open_backend(trained, meta, device="cpu").precision == "bf16"
     assert open_backend(trained, meta, device="cpu", exact=True).precision == "fp32"
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: False)
     assert open_backend(trained, meta, device="cpu").precision == "fp32"
 
 
@@ -134,7 +134,7 @@ class Wrong(TorchBackend):
 
 
 def test_what_does_not_agree_with_fp32_is_passed_over(trained, monkeypatch, cache):
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
     monkeypatch.setattr(backends, "TorchBackend", Wrong)
     for _ in range(2):  # the second time by the verdict kept
         lines: list[str] = []
@@ -150,13 +150,13 @@ def test_not_a_number_is_no_agreement(trained, monkeypatch):
         def logits(self, batch):
             return super().logits(batch) * (1.0 if self.precision == "fp32" else np.nan)
 
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
     monkeypatch.setattr(backends, "TorchBackend", Broken)
     assert open_backend(trained, meta_of(trained), device="cpu").precision == "fp32"
 
 
 def test_a_damaged_verdict_is_measured_again(trained, monkeypatch, cache):
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
     open_backend(trained, meta_of(trained), device="cpu")
     (verdict,) = cache.iterdir()
     assert json.loads(verdict.read_text()) == {"reason": ""}
@@ -167,7 +167,7 @@ def test_a_damaged_verdict_is_measured_again(trained, monkeypatch, cache):
 
 @pytest.mark.parametrize("change", ["statements", "library", "stance", "gpu"])
 def test_a_verdict_holds_for_what_it_was_measured_with(trained, monkeypatch, cache, change):
-    monkeypatch.setattr(backends, "_has_fast_bf16", lambda: True)
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
     open_backend(trained, meta_of(trained), device="cpu")
     if change == "statements":
         monkeypatch.setattr(backends, "_WHEN", ("", "On Friday: "))
@@ -344,7 +344,7 @@ folder = Path({str(exported)!r})
 meta, tasks = check_model_folder(folder)
 meta["exports"] = {meta_of(exported, **ALL)["exports"]!r}
 backend = open_backend(folder, meta, backend={name!r}, exact=True)
-model = Classifier(backend, PairEncoder(folder, 48), tasks, meta, (str(folder), "cpu", {name!r}, True, None))
+model = Classifier(backend, PairEncoder(folder, 48), tasks, meta, folder)
 print(model.predict([("the envoy", "we will meet")])[0].stance)
 print(*sorted({{m.partition(".")[0] for m in sys.modules}}), file=sys.stderr)
 """

@@ -100,6 +100,8 @@ def test_who_has_seen_the_rows_is_said(trained, corpus, capsys):
     )
     assert code == 0
     assert f"warning: {trained} was trained on 96 of these statements" in err
+    assert f"warning: {trained} chose its checkpoint on 12 of these statements" in err
+    assert "majority chose" not in err
     assert "warning: majority was trained on 120 of these statements" in err
 
 

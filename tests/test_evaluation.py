@@ -23,9 +23,9 @@ from stance.checkpoint import check_model_folder, read_json, sha256, write_json,
 from stance.cli import main
 from stance.dataset import label_ids
 from stance.errors import UsageError
-from stance.evaluation import evaluate, human_scores, score_baselines, seed_scores, table
+from stance.evaluation import evaluate, human_scores, score_baselines, table
 from stance.labels import DEFAULT_TASKS, SENTIMENT, STANCE_TASK, Task
-from stance.metrics import scored_tasks, scores_of_all, with_stance
+from stance.metrics import figures_over, scored_tasks, scores_of_all, with_stance
 from stance.modelcard import model_card, write_card
 from stance.provenance import data_identity, seed_folders, statement_key, trained_on
 from stance.slices import slice_scores, slices_of
@@ -233,6 +233,8 @@ def test_a_model_that_hangs_on_the_speaker_loses_without():
     assert swapped["same_text"]["dialogue"]["accuracy"] == 0  # of two speakers, always the other
     assert masked["drop"]["dialogue"]["macro_f1"] == pytest.approx(1 - 1 / 3)
     assert masked["drop"]["dialogue"]["interval"][0] > 0
+    two = speaker_ablation(BySpeaker(), made, y_true, y_pred, make_clusters(made, "speaker"))
+    assert two["conditions"]["masked"]["drop"]["dialogue"]["interval"] is None
 
 
 def test_rows_without_a_speaker_take_no_part(statements, classifier):
@@ -252,14 +254,15 @@ def test_groups_wholly_right(report):
 
 
 def test_mean_and_deviation_over_seeds():
-    reports = [{"scores": {"topic": {"macro_f1": f, "accuracy": f, "mcc": f}}} for f in (0.5, 0.7)]
-    result = seed_scores(reports, ["seed-1", "seed-2"])
-    entry = result["scores"]["topic"]["macro_f1"]
-    assert entry == {
+    runs = [{"topic": {"macro_f1": f, "accuracy": f, "mcc": mcc}} for f, mcc in ((0.5, None), (0.7, 0.4))]
+    result = figures_over(runs)["topic"]
+    assert result["macro_f1"] == {
         "mean": pytest.approx(0.6),
         "stdev": pytest.approx(0.141421, abs=1e-5),
         "values": [0.5, 0.7],
     }
+    assert result["mcc"] == {"mean": 0.4, "stdev": None, "values": [None, 0.4]}
+    assert "f_avg" not in result
 
 
 # what was trained, what was seen

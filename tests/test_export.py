@@ -24,6 +24,7 @@ import stance.graphs as graphs
 import stance.int8 as int8
 from conftest import ROOT, corpus_rows, write_jsonl
 from stance.annotations import load_statements
+from stance.atomic import hold
 from stance.checkpoint import check_model_folder, sha256, write_json, write_manifest
 from stance.cli import main
 from stance.errors import CheckpointError, ExportError, StanceError, UsageError
@@ -572,22 +573,61 @@ def test_a_folder_that_is_there_is_replaced_only_by_force_and_only_if_it_is_an_e
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
-def test_a_failed_replacement_leaves_the_earlier_export(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_failed_replacement_leaves_the_earlier_export(trained, tmp_path, monkeypatch, in_one_step):
     out = tmp_path / "out"
     export(trained, out, format="transformers")
     before = files_of(out)
     real = os.rename
 
-    def rename(source, target):
-        if Path(target) == out and ".partial" in str(source):
+    def fail(source, target):
+        if Path(target) == out and Path(source).name == "new":
             raise OSError(28, "No space left on device")
-        real(source, target)
+        return real(source, target)
 
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr("stance.atomic.swap", fail if in_one_step else lambda one, other: False)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(ExportError, match="writing failed: No space left on device"):
         export(trained, out, format="transformers", task="conflict", force=True)
     assert files_of(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_process_does_not_make_the_same_export(trained, tmp_path):
+    with hold(tmp_path / ".out.stance" / "lock", tmp_path / "out"):
+        for force in (False, True):
+            with pytest.raises(UsageError, match=r"out: another process is writing it"):
+                export(trained, tmp_path / "out", format="transformers", force=force)
+    export(trained, tmp_path / "out", format="transformers")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(trained, tmp_path):
+    (tmp_path / ".out.stance" / "new").mkdir(parents=True)
+    (tmp_path / ".out.stance" / "new" / "config.json").write_text("{")
+    export(trained, tmp_path / "out", format="transformers")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "os"])
+def test_a_full_disk_is_told_whatever_the_error(trained, tmp_path, monkeypatch, capsys, kind):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*arguments, **options):
+        said = "No space left on device"
+        raise (
+            SafetensorError(f"I/O error: {said} (os error 28)")
+            if kind == "safetensors"
+            else OSError(28, said)
+        )
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert run_cli("export", trained, "-o", tmp_path / "out", "--format", "transformers") == 4
+    assert re.search(
+        r"out: writing failed: .*No space left on device.* - free space", capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", [".", "inside/.."])

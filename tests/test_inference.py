@@ -263,16 +263,19 @@ def test_temperatures_soften_the_probabilities(folder):
 def test_the_threshold_of_an_accuracy(folder):
     edit(folder / "stance.json", lambda m: m.update(abstention={"stance": [[0.8, 0.4], [0.9, 0.7]]}))
     model = load(folder, device="cpu")
-    assert [model.abstention_threshold(a) for a in (0.5, 0.8, 0.85, 0.9)] == [0.4, 0.4, 0.7, 0.7]
-    with pytest.raises(StanceError, match=r"got 0\.95; at most 0\.9 was reached on validation"):
-        model.abstention_threshold(0.95)
+    found = [model.abstention(a) for a in (0.5, 0.8, 0.85, 0.9)]
+    assert found == [(0.8, 0.4), (0.8, 0.4), (0.9, 0.7), (0.9, 0.7)]
+    with pytest.raises(
+        StanceError, match=r"must be an accuracy that validation reached, 0\.90 or less; got 0\.95"
+    ):
+        model.abstention(0.95)
 
 
 def test_a_model_without_calibration_has_no_threshold(folder):
     edit(folder / "stance.json", lambda m: m.pop("abstention"))
     model = load(folder, device="cpu")
-    with pytest.raises(StanceError, match="the model has none"):
-        model.abstention_threshold(0.5)
+    with pytest.raises(StanceError, match="this one has none"):
+        model.abstention(0.5)
 
 
 # --- tables, threads, processes, notebooks -------------------------------------------------------
@@ -333,6 +336,20 @@ def test_a_pickled_model_is_loaded_from_its_folder(model, rows):
     assert len(data) < 1000
     copy = pickle.loads(data)
     assert copy.predict(rows) == model.predict(rows)
+
+
+def test_a_pickled_model_keeps_its_backend(trained, rows, monkeypatch):
+    """What was chosen is opened again, whatever would be chosen where it is unpickled."""
+    monkeypatch.setattr("stance.backends.has_fast_bf16", lambda: True)
+    data = pickle.dumps(load(trained, device="cpu"))
+    monkeypatch.setattr("stance.backends.has_fast_bf16", lambda: False)
+    copy = pickle.loads(data)
+    assert (copy.backend.name, copy.backend.precision) == ("torch", "bf16")
+    monkeypatch.setattr("stance.backends._Opener.objection", lambda *_: "all labels differ from fp32")
+    with pytest.raises(
+        CheckpointError, match=r"torch bf16 on cpu was chosen, but not here: all labels differ"
+    ):
+        pickle.loads(data)
 
 
 def test_threads_do_not_disturb_each_other(model, rows):

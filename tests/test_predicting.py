@@ -27,10 +27,13 @@ from hypothesis import strategies as st
 
 from conftest import corpus_rows, write_jsonl
 from stance import Classifier, load, predicting
+from stance import source as source_module
 from stance.errors import DataError, StanceError, UsageError
 from stance.parts import WorkFolder
-from stance.predicting import Options, check_call, predict_files
+from stance.predicting import predict_files
 from stance.records import read_records, unescape_formula
+from stance.request import Options, check_call
+from stance.source import Source
 
 SMALL = {"part_rows": 16}
 
@@ -520,7 +523,7 @@ def test_a_full_disk_loses_nothing(model, source, tmp_path, monkeypatch):
 
 def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
     run(model, source, tmp_path / "out.csv")
-    monkeypatch.setattr(predicting, "_read", None)  # would be called
+    monkeypatch.setattr("stance.predicting.Source", None)  # would be called
     summary = run(model, source, tmp_path / "out.csv", resume=True)
     assert summary.finished
     assert summary.labelled == 100
@@ -540,6 +543,7 @@ def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, mo
     before = (tmp_path / "out.csv").read_bytes()
     assert run(model, source, tmp_path / "out.csv", resume=True).finished
     assert (tmp_path / "out.csv").read_bytes() == before
+    assert beside(tmp_path / "out.csv") == {"in.jsonl", "out.csv", "out.csv.meta.json"}
 
 
 def test_a_run_killed_while_it_begins_anew_leaves_nothing_to_resume(model, source, tmp_path, monkeypatch):
@@ -592,6 +596,21 @@ def test_two_processes_do_not_write_one_output(model, source, tmp_path):
     assert run(model, source, tmp_path / "out.csv").labelled == 100
 
 
+def test_what_another_process_has_just_written_is_not_overwritten(model, source, tmp_path, monkeypatch):
+    """It was not there when the call was checked."""
+    taken = predicting.identity
+
+    def meanwhile(*arguments, **options):
+        (tmp_path / "out.csv").write_text("theirs")
+        return taken(*arguments, **options)
+
+    monkeypatch.setattr(predicting, "identity", meanwhile)
+    with pytest.raises(UsageError, match=r"out\.csv: another process has just written it"):
+        run(model, source, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "theirs"
+    assert run(model, source, tmp_path / "out.csv", force=True).labelled == 100
+
+
 # --- what cannot be ------------------------------------------------------------------------------
 
 
@@ -622,8 +641,7 @@ def test_memory_does_not_grow_with_the_rows(model, tmp_path):
     """No more parts are under way at once than the pipeline holds."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": f"war {i}"} for i in range(800)])
     alive, most = 0, 0
-    plain = predicting._Run._write
-    cut = predicting._cut
+    keep, cut = WorkFolder.keep, source_module.cut
 
     def counted_cut(rows, options):
         nonlocal alive, most
@@ -632,22 +650,23 @@ def test_memory_does_not_grow_with_the_rows(model, tmp_path):
             most = max(most, alive)
             yield part
 
-    def counted_write(self, *arguments):
+    def counted_keep(self, part):
         nonlocal alive
-        plain(self, *arguments)
+        keep(self, part)
         alive -= 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predicting, "_cut", counted_cut)
-        patch.setattr(predicting._Run, "_write", counted_write)
+        patch.setattr(source_module, "cut", counted_cut)
+        patch.setattr(WorkFolder, "keep", counted_keep)
         run(model, source, tmp_path / "out.csv", part_rows=10)
     assert alive == 0
     assert most <= 7
 
 
-def test_long_texts_end_a_part_early(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(predicting, "PART_CHARACTERS", 100)
+def test_long_texts_end_a_part_early(model, tmp_path):
     rows = [{"text": "war " * (1 + 10 * (i % 3))} for i in range(30)]
-    parts = list(predicting._cut(iter(read_records(write_jsonl(tmp_path / "a.jsonl", rows))), Options()))
-    assert max(sum(len(r.data["text"]) for r in part) for part in parts) < 100 + 90
-    assert sum(map(len, parts)) == 30
+    paths = [str(write_jsonl(tmp_path / "a.jsonl", rows))]
+    parts = list(Source(paths, Options(part_characters=100), arrow=False).parts())
+    assert max(sum(len(r.data["text"]) for r in part.rows) for part in parts) < 100 + 90
+    assert sum(len(part.rows) for part in parts) == 30
+    assert len(parts) == 10

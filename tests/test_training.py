@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import corpus_rows, write_jsonl
-from stance.checkpoint import newest_verified, verify
+from stance.atomic import hold
+from stance.checkpoint import newest_verified, sha256, verify
 from stance.cli import main
 from stance.config import Config, load_config
 from stance.dataset import tokenise
@@ -122,6 +124,17 @@ def test_a_run_leaves_a_whole_folder(trained):
     record = json.loads((trained / "run.json").read_text())
     assert record["rows"] == {"train": 96, "validation": 12, "test": 12}
     assert (record["steps"], record["epochs"], record["precision"]) == (18, 3.0, "fp32")
+    assert record["config"] == load_config(trained / "config.yaml").model_dump(mode="json")
+    (data,) = record["config"]["data"]["files"]
+    assert record["data"] == {data: sha256(Path(data))}
+    assert re.fullmatch("[0-9a-f]{64}", record["code"]["sha256"])
+    assert {"torch", "transformers", "accelerate", "stance"} <= set(record["packages"])
+    assert {"processor", "memory_gib", "threads", "device"} <= set(record["hardware"])
+    assert list(record["timings"]) == ["prepare", "build", "train", "finish", "evaluate"]
+    assert sum(list(record["timings"].values())[:4]) == pytest.approx(record["seconds"], abs=0.5)
+    assert record["processes"]["number"] == 1
+    (session,) = record["sessions"]
+    assert (session["from_step"], session["ended"]) == (0, "finished")
     splits = (trained / "splits.csv").read_text().splitlines()
     assert splits[0] == "where,id,split,statement"
     assert sum(",test," in line for line in splits) == 12
@@ -130,6 +143,8 @@ def test_a_run_leaves_a_whole_folder(trained):
     best = max(metrics["history"], key=lambda h: h["eval_stance_macro_f1"])
     assert metrics["best_step"] == best["step"]
     assert metrics["validation"]["stance_macro_f1"] == best["eval_stance_macro_f1"]
+    assert record["metrics"]["best_step"] == best["step"]
+    assert record["metrics"]["validation"] == metrics["validation"]
 
 
 def test_the_weights_of_the_best_checkpoint_are_the_ones_kept(make_config):
@@ -307,7 +322,10 @@ def test_early_stopping_goes_on_counting_after_a_resume(make_config):
         training={"learning_rate": 1e-12, "num_train_epochs": 20.0, "early_stopping_patience": 3}
     )
     interrupt(path, 15)
-    assert run(path, resume=True).run["steps"] == 24
+    record = run(path, resume=True).run
+    assert record["steps"] == 24
+    sessions = [(s["from_step"], s["ended"]) for s in record["sessions"]]
+    assert sessions == [(0, "SIGTERM"), (15, "finished")]
 
 
 def test_another_task_list_trains(make_config, tmp_path, capsys):
@@ -323,6 +341,10 @@ def test_another_task_list_trains(make_config, tmp_path, capsys):
         main(["train", str(path)])
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert set(report["scores"]) == {"stance"}
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["report"]["split"] == "test"
+    assert record["report"]["scores"]["stance"]["macro_f1"] == report["scores"]["stance"]["macro_f1"]
+    assert record["command"][1:] == sys.argv[1:]
     assert report["scores"]["stance"]["macro_f1"] > report["baselines"]["majority"]["stance"]["macro_f1"]
     prediction = load(tmp_path / "run").predict([("the envoy", "we will meet")])[0]
     assert set(prediction.probabilities["stance"]) == {"against", "none", "favor"}
@@ -353,6 +375,39 @@ def test_tensorboard_logs_outlive_the_run(make_config):
     pytest.importorskip("tensorboard")
     result = run(make_config(training={"report_to": ["tensorboard"]}))
     assert list(result.output_dir.rglob("events.out.tfevents*"))
+
+
+def test_tensorboard_logs_go_where_the_user_says(make_config, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    result = run(make_config(training={"report_to": ["tensorboard"]}))
+    assert list((tmp_path / "mine").glob("events.out.tfevents*"))
+    assert names(result.output_dir) == RUN_FILES
+
+
+@pytest.mark.slow
+def test_mlflow_keeps_its_file_with_the_run(make_config, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = names(tmp_path)
+    result = run(make_config(training={"report_to": ["mlflow"]}))
+    client = mlflow.MlflowClient(f"sqlite:///{result.output_dir / 'logs' / 'mlflow.db'}")
+    (found,) = client.search_runs(["0"])
+    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
+    assert found.data.metrics["eval_loss"] == pytest.approx(result.metrics["history"][-1]["eval_loss"])
+    assert found.data.params["learning_rate"] == "0.002"
+    assert names(tmp_path) <= before | {"run", "config.yaml"}  # nothing beside it
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_a_failing_tracker_is_one_message(make_config, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///proc/nowhere")
+    with pytest.raises(
+        TrainingError, match=r"training.report_to: mlflow failed: .* - mend it, or leave it out"
+    ):
+        run(make_config(training={"report_to": ["mlflow"]}))
 
 
 def test_a_tracker_that_is_not_there_is_named(make_config):
@@ -535,6 +590,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over(make_config, tmp_path, unint
     assert weights(resumed.output_dir) == weights(uninterrupted.output_dir)
 
 
+def test_damaged_later_checkpoints_do_not_outlive_a_whole_one(make_config, tmp_path):
+    """At a rate of 1e-12 the first evaluation stays the best: 4 is kept, beside the newest two."""
+    path = make_config(training={**STEPS, "learning_rate": 1e-12})
+    interrupt(path, 15)
+    folder = tmp_path / "run" / "checkpoints"
+    assert names(folder) == {"checkpoint-4", "checkpoint-12", "checkpoint-15"}
+    for step in (12, 15):
+        (folder / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+    interrupt(path, 5, resume=True)
+    assert newest_verified(folder)[0].name == "checkpoint-5"
+
+
 def test_without_a_whole_checkpoint_it_starts_anew(make_config, tmp_path, uninterrupted):
     path = make_config(training=STEPS)
     interrupt(path, 2)
@@ -575,6 +642,31 @@ def test_another_run_is_not_resumed(make_config, corpus, tmp_path, what):
         run(path, resume=True)
     assert caught.value.exit_code == 2
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("call", [{}, {"resume": True}, {"force": True}])
+def test_two_processes_do_not_write_one_run(make_config, tmp_path, call):
+    with hold(tmp_path / "run" / ".lock", tmp_path / "run"):
+        with pytest.raises(UsageError, match=r"run: another process is writing it"):
+            run(make_config(), **call)
+        assert names(tmp_path / "run") == {".lock"}
+    assert names(run(make_config(), **call).output_dir) == RUN_FILES
+
+
+def test_what_a_kill_at_the_end_left_goes_with_resume(make_config, tmp_path):
+    path = make_config()
+    run(path)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-12").mkdir(parents=True)
+    for name in (".lock", ".run.json.partial", ".splits.csv.partial-7", "sessions.json"):
+        (tmp_path / "run" / name).write_text("")
+    run(path, resume=True)
+    assert names(tmp_path / "run") == RUN_FILES
+
+
+def test_a_kill_before_the_run_has_begun_is_in_no_ones_way(make_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("")
+    assert names(run(make_config()).output_dir) == RUN_FILES
 
 
 def test_resume_without_a_run_starts_one(make_config):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stance.annotations import Statement
-from stance.bootstrap import Clusters, brief, percentile_interval
+from stance.bootstrap import LEAST_CLUSTERS, Clusters, brief, percentile_interval
 from stance.calibration import predicted_ids, raw_logits
 from stance.labels import NOT_ANNOTATED
 from stance.metrics import scored_tasks, scores
@@ -36,7 +36,8 @@ def speaker_ablation(
     """Return the scores with the speaker given, masked (empty) and swapped (another row's speaker).
 
     Only rows with a speaker count. ``drop`` is the macro-F1 given minus this condition's, with a paired
-    bootstrap interval: where it is not above 0, the model does not use the speaker.
+    bootstrap interval (none in fewer than ``LEAST_CLUSTERS`` clusters): where it is not above 0, the model does
+    not use the speaker.
     """
     rows = np.array([bool(s.speaker.strip()) for s in statements])
     if not rows.any():
@@ -96,5 +97,8 @@ def _drop(
     if not (y_true[rows] != NOT_ANNOTATED).any():
         return {"macro_f1": None, "interval": None}
     values = [scores(y_true[rows], pred[rows], labels)["macro_f1"] for pred in (given, other)]
-    draws = [clusters.figures(y_true, pred, labels, rows)["macro_f1"] for pred in (given, other)]
-    return {"macro_f1": values[0] - values[1], "interval": percentile_interval(draws[0] - draws[1])}
+    interval = None
+    if clusters.number_of(y_true, rows) >= LEAST_CLUSTERS:
+        draws = [clusters.figures(y_true, pred, labels, rows)["macro_f1"] for pred in (given, other)]
+        interval = percentile_interval(draws[0] - draws[1])
+    return {"macro_f1": values[0] - values[1], "interval": interval}

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stance.errors import CheckpointError, UsageError, did_you_mean, first_line
+from stance.hardware import cores, has_fast_bf16, processor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stance.encoding import PairEncoder
 
-__all__ = ["BACKENDS", "Backend", "is_out_of_memory", "open_backend", "parity"]
+__all__ = ["BACKENDS", "Backend", "Candidate", "is_out_of_memory", "open_backend", "parity", "reopen_backend"]
 
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 MAX_FLIPS = 0.005
@@ -48,6 +49,7 @@ class Backend(Protocol):
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         streams: how many calls may usefully run at once.
         batch_tokens: the number of tokens, padding included, that a batch does best with.
+        candidate: how it was opened; the same opens it again on another machine.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Backend(Protocol):
     device: str
     streams: int
     batch_tokens: int
+    candidate: Candidate
 
     def logits(self, batch: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return logits [batch, labels of all tasks] for int64 arrays [batch, sequence]."""
@@ -65,6 +68,7 @@ class TorchBackend:
 
     name = "torch"
     streams = 1
+    candidate: Candidate
 
     def __init__(self, model: Any, device: str, precision: str = "fp32"):
         self.model, self.device, self.precision = model, device, precision
@@ -100,6 +104,7 @@ class OnnxBackend:
     device = "cpu"
     streams = 1
     batch_tokens = 4096
+    candidate: Candidate
 
     def __init__(self, path: Path, precision: str):
         import onnxruntime
@@ -131,18 +136,19 @@ class OpenVinoBackend:
     name = "openvino"
     device = "cpu"
     batch_tokens = 4096
+    candidate: Candidate
 
     def __init__(self, graph: Any, precision: str):
         import openvino
 
         self.precision = precision
         hint = "bf16" if precision == "bf16" else "f32"
-        cores = _threads() or _cores()
-        self.streams = 2 if cores >= 2 else 1
+        threads = _threads() or cores()
+        self.streams = 2 if threads >= 2 else 1
         settings = {
             "INFERENCE_PRECISION_HINT": hint,
             "NUM_STREAMS": str(self.streams),
-            "INFERENCE_NUM_THREADS": str(cores),
+            "INFERENCE_NUM_THREADS": str(threads),
         }
         try:
             core = openvino.Core()
@@ -175,17 +181,18 @@ def _threads() -> int:
     return int(first) if first.isdecimal() else 0
 
 
-def _cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- choosing ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A way to run a folder's model; ``graph`` is None where torch loads (or converts) the weights."""
+class Candidate:
+    """A way to run a folder's model.
+
+    Attributes:
+        backend: ``torch``, ``onnxruntime`` or ``openvino``.
+        precision: ``fp32``, ``bf16`` or ``int8``.
+        graph: the exported file; None where torch loads (or converts) the weights.
+    """
 
     backend: str
     precision: str
@@ -229,7 +236,7 @@ def open_backend(
             raise UsageError(f"device must be cpu for the backend {backend}; got {device!r}")
         if not for_torch:
             raise UsageError(f"device must be cpu for {folder}, which has no torch weights; got {device!r}")
-        candidates = [_Candidate("torch", p) for p in ("bf16", "fp32")]
+        candidates = [Candidate("torch", p) for p in ("bf16", "fp32")]
         opener.device = "cuda" if device == "auto" else device
     else:
         _refuse_missing(backend)
@@ -254,6 +261,31 @@ def open_backend(
     return opener.open(candidate)
 
 
+def reopen_backend(folder: Path, meta: Mapping[str, Any], candidate: Candidate, device: str) -> Backend:
+    """Open what :func:`open_backend` chose in another process, where it must agree with fp32 too.
+
+    Args:
+        folder: a folder that :func:`stance.checkpoint.check_model_folder` has passed.
+        meta: its ``stance.json``.
+        candidate: the ``candidate`` of the backend there.
+        device: its ``device``.
+
+    Raises:
+        CheckpointError: it cannot be opened here, or does not agree.
+        UsageError: its library is not installed here.
+    """
+    _refuse_missing(candidate.backend)
+    opener = _Opener(folder, meta)
+    opener.device = device
+    reason = opener.objection(candidate) if candidate.precision != "fp32" else None
+    if reason is not None:
+        raise CheckpointError(
+            f"{folder}: {candidate.backend} {candidate.precision} on {device} was chosen, but not here: {reason} "
+            "- take --exact, or machines that are alike"
+        )
+    return opener.open(candidate)
+
+
 def _on_gpu(device: str) -> bool:
     """Whether torch must look for a device; ``auto`` imports torch only where a GPU driver shows."""
     if device != "auto":
@@ -272,9 +304,7 @@ def _refuse_missing(backend: str) -> None:
         raise UsageError(f"backend: {backend} is not installed - pip install {backend}, or take another")
 
 
-def _candidates(
-    folder: Path, meta: Mapping[str, Any], backend: str, rows: int | None
-) -> Iterator[_Candidate]:
+def _candidates(folder: Path, meta: Mapping[str, Any], backend: str, rows: int | None) -> Iterator[Candidate]:
     """What can run on the processor, the fastest first; ends with fp32."""
     exports: Mapping[str, Any] = meta.get("exports") or {}
     graphs: dict[tuple[str, str], str] = {
@@ -286,45 +316,31 @@ def _candidates(
     has_torch = (folder / "model.safetensors").is_file() and find_spec("torch") is not None
     convertible = has_torch and openvino is None and find_spec("openvino") is not None
     pays = backend == "openvino" or (rows is not None and rows >= ROWS_THAT_PAY)
-    fast_bf16 = _has_fast_bf16()
+    fast_bf16 = has_fast_bf16()
     if openvino and fast_bf16:
-        yield _Candidate("openvino", "bf16", openvino)
+        yield Candidate("openvino", "bf16", openvino)
     if convertible and pays and fast_bf16:
-        yield _Candidate("openvino", "bf16")
+        yield Candidate("openvino", "bf16")
     if has_torch and fast_bf16:
-        yield _Candidate("torch", "bf16")
-    int8 = [_Candidate(library, "int8", name) for (library, p), name in graphs.items() if p == "int8"]
+        yield Candidate("torch", "bf16")
+    int8 = [
+        Candidate(library, "int8", graphs[library, "int8"])
+        for library in ("openvino", "onnxruntime")
+        if (library, "int8") in graphs
+    ]
     # Int8 weights that are multiplied in fp32 are no faster than an fp32 graph, and less exact.
     kept = [c for c in int8 if c.graph is not None and exports[c.graph].get("arithmetic") == "fp32"]
     yield from (c for c in int8 if c not in kept)
     if openvino:
-        yield _Candidate("openvino", "fp32", openvino)
+        yield Candidate("openvino", "fp32", openvino)
     if convertible and pays:
-        yield _Candidate("openvino", "fp32")
+        yield Candidate("openvino", "fp32")
     if onnx:
-        yield _Candidate("onnxruntime", "fp32", onnx)
+        yield Candidate("onnxruntime", "fp32", onnx)
     else:
         yield from kept
     if has_torch:
-        yield _Candidate("torch", "fp32")
-
-
-def _has_fast_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices in hardware, told without torch."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return False
-    flags = _processor().split("\n")[-1].split()
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-def _processor() -> str:
-    """The processor's name and flags, a line each; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return f"{found.get('model name', '')}\n{found.get('flags', '')}"
+        yield Candidate("torch", "fp32")
 
 
 class _Opener:
@@ -332,23 +348,24 @@ class _Opener:
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]):
         self.folder, self.meta, self.device = folder, meta, "cpu"
-        self._opened: dict[_Candidate, Backend] = {}
+        self._opened: dict[Candidate, Backend] = {}
         self._fp32: Any = None
 
-    def open(self, candidate: _Candidate) -> Backend:
+    def open(self, candidate: Candidate) -> Backend:
         """Open a candidate, once."""
         if candidate not in self._opened:
             self._opened[candidate] = self._new(candidate)
+            self._opened[candidate].candidate = candidate
         return self._opened[candidate]
 
-    def objection(self, candidate: _Candidate) -> str | None:
+    def objection(self, candidate: Candidate) -> str | None:
         """Return why a candidate must not be taken; None: it opens and agrees with fp32."""
         try:
             return self._objection(candidate)
         except Exception as error:  # each library has its own kinds, and another candidate may do
             return first_line(error)
 
-    def _objection(self, candidate: _Candidate) -> str | None:
+    def _objection(self, candidate: Candidate) -> str | None:
         if candidate.precision == "fp32":
             self.open(candidate)
             return None
@@ -370,19 +387,19 @@ class _Opener:
         stored.write(reason if failed else "")
         return reason if failed else None
 
-    def _reference(self, candidate: _Candidate) -> Backend | None:
+    def _reference(self, candidate: Candidate) -> Backend | None:
         """The same model in fp32, from what is open already if that can be."""
         if candidate.graph is None:
             return TorchBackend(self._torch_fp32(), self.device)
         if candidate.backend == "openvino" and candidate.precision == "bf16":
-            return self.open(_Candidate("openvino", "fp32", candidate.graph))
+            return self.open(Candidate("openvino", "fp32", candidate.graph))
         for name, entry in self.meta.get("exports", {}).items():
             if entry.get("precision") == "fp32" and find_spec(entry["backend"]) is not None:
-                return self.open(_Candidate(entry["backend"], "fp32", name))
+                return self.open(Candidate(entry["backend"], "fp32", name))
         has_torch = (self.folder / "model.safetensors").is_file() and find_spec("torch") is not None
         return TorchBackend(self._torch_fp32(), self.device) if has_torch else None
 
-    def _new(self, candidate: _Candidate) -> Backend:
+    def _new(self, candidate: Candidate) -> Backend:
         if candidate.backend == "onnxruntime" and candidate.graph:
             return OnnxBackend(self.folder / candidate.graph, candidate.precision)
         if candidate.backend == "openvino":
@@ -551,7 +568,7 @@ class _Verdict:
     Only speed hangs on it: whatever cannot be read or written is measured again.
     """
 
-    def __init__(self, folder: Path, candidate: _Candidate, device: str):
+    def __init__(self, folder: Path, candidate: Candidate, device: str):
         from stance import __version__
         from stance.checkpoint import MANIFEST, sha256
 
@@ -559,7 +576,7 @@ class _Verdict:
         told = [
             sha256(folder / MANIFEST),
             str(candidate),
-            [device, _gpu(device), _processor()],
+            [device, _gpu(device), processor()],
             [__version__, libraries],
             [_parity_statements(), MAX_FLIPS, MAX_DIFFERENCE],
         ]

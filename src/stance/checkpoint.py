@@ -9,6 +9,7 @@ with the optimizer's state, and a manifest too.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stance.atomic import replacing, sync_folder
 from stance.errors import CheckpointError, StanceError
 from stance.labels import Task
 from stance.safety import check_config, check_tokenizer, check_vocabulary, read_json, tensor_shapes
@@ -48,6 +50,7 @@ RUN_FILES = (
     "metrics.json",
     "run.json",
     "seeds.json",
+    "sessions.json",
     "report.json",
 )
 """What a run writes beside the model; never read when a model is loaded."""
@@ -74,17 +77,15 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=2, ensure_ascii=False, allow_nan=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    with replacing(path) as handle:
+        text = io.TextIOWrapper(handle, encoding="utf-8", write_through=True)
+        json.dump(value, text, indent=2, ensure_ascii=False, allow_nan=False)
+        text.write("\n")
+        text.detach()
 
 
 def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
-    """Write the sums of ``files`` (default: every file of the folder), after they are on the disk.
+    """Write the sums of ``files`` (default: every file of the folder), after their bytes and names are on the disk.
 
     Names are POSIX paths relative to the folder.
     """
@@ -99,7 +100,10 @@ def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
+    for place in {(folder / name).parent for name in entries}:
+        sync_folder(place)
     write_json(folder / MANIFEST, {"format": FORMAT, "files": entries})
+    sync_folder(folder.parent)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -323,6 +327,10 @@ def replace_folder(source: Path, target: Path, files: Sequence[str]) -> None:
     At any moment ``target`` holds the whole model or no manifest, hence no model.
     """
     (target / MANIFEST).unlink(missing_ok=True)
-    for name in [*(f for f in files if f != MANIFEST), MANIFEST]:
+    sync_folder(target)
+    for name in (f for f in files if f != MANIFEST):
         os.replace(source / name, target / name)
+    sync_folder(target)
+    os.replace(source / MANIFEST, target / MANIFEST)
+    sync_folder(target)
     shutil.rmtree(source)

@@ -18,7 +18,7 @@ from stance.dataset import label_ids
 from stance.errors import DataError, UsageError
 from stance.labels import DEFAULT_TASKS, NOT_ANNOTATED, Task
 from stance.metrics import scored_tasks, scores, with_stance
-from stance.provenance import statement_key, trained_on
+from stance.provenance import chosen_on, statement_key, trained_on
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -98,13 +98,20 @@ def answers(
     return predicted_ids({t.name: logits[t.name] for t in tasks}, tasks)
 
 
-def rows_seen(side: Opponent, statements: Sequence[Statement], train: Sequence[Statement]) -> int | None:
-    """Return how many of the statements a side was trained on; None if a model's folder does not say."""
+def rows_seen(
+    side: Opponent, statements: Sequence[Statement], train: Sequence[Statement]
+) -> dict[str, int | None]:
+    """Return how many of the statements a side has met: ``{"trained_on", "chosen_on"}``.
+
+    ``chosen_on`` counts those that chose a run's checkpoint, temperatures and thresholds. None: the model's
+    folder does not say.
+    """
     if side.classifier is None:
         keys = {statement_key(s) for s in train}
-        return sum(statement_key(s) in keys for s in statements)
-    seen = trained_on(Path(side.name), statements)
-    return None if seen is None else int(seen.sum())
+        return {"trained_on": sum(statement_key(s) in keys for s in statements), "chosen_on": 0}
+    found = {"trained_on": trained_on, "chosen_on": chosen_on}
+    seen = {name: rows_in(Path(side.name), statements) for name, rows_in in found.items()}
+    return {name: None if rows is None else int(rows.sum()) for name, rows in seen.items()}
 
 
 def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:

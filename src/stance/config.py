@@ -111,7 +111,7 @@ class ModelConfig(_Section):
 class TrainingConfig(_Section):
     """The recipe; names as in transformers' TrainingArguments."""
 
-    num_train_epochs: PositiveFloat = 3.0
+    num_train_epochs: PositiveFloat = 2.0
     per_device_train_batch_size: Positive = 32
     per_device_eval_batch_size: Positive = 128
     gradient_accumulation_steps: Positive = 1

@@ -23,7 +23,7 @@ from stance.config import Config
 from stance.dataset import leak_free_groups, make_splits, strata_of
 from stance.errors import DataError, UsageError, did_you_mean
 from stance.labels import NOT_ANNOTATED, Task
-from stance.metrics import scored_tasks, scores
+from stance.metrics import figures_over, scored_tasks, scores
 from stance.provenance import statement_key
 from stance.records import expand_files, read_records, write_records
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["assign_folds", "cross_validate"]
 
 SCHEMA = 1
-_FIGURES = ("macro_f1", "accuracy", "mcc", "f_avg")
 
 
 def assign_folds(
@@ -238,7 +237,7 @@ def _pool(
         "n": len(rows),
         "interval": clusters.to_dict(),
         "scores": score_tasks(y_true, y_pred, scored, clusters),
-        "per_fold": _over_folds(entries),
+        "per_fold": figures_over([entry["scores"] for entry in entries]),
         "folds": entries,
     }
     write_records(rows, folder / "predictions.jsonl", [])
@@ -258,16 +257,3 @@ def _ids(rows: Sequence[dict[str, Any]], side: str, tasks: Sequence[Task]) -> ND
             if task.name in row[side]:
                 ids[i, j] = task.labels.index(row[side][task.name])
     return ids
-
-
-def _over_folds(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for task, first in entries[0]["scores"].items():
-        result[task] = {}
-        for figure in _FIGURES:
-            values = [e["scores"][task].get(figure) for e in entries]
-            known = [v for v in values if v is not None]
-            if figure in first and known:
-                stdev = float(np.std(known, ddof=1)) if len(known) > 1 else None
-                result[task][figure] = {"mean": float(np.mean(known)), "stdev": stdev, "values": values}
-    return result

@@ -6,7 +6,6 @@ Evaluation goes through :class:`stance.inference.Classifier`, the code that user
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ __all__ = [
     "human_scores",
     "score_baselines",
     "score_groups",
-    "seed_scores",
     "table",
     "write_report",
 ]
@@ -126,7 +124,7 @@ def evaluate(
         "human": human_scores(statements, y_pred, tasks, clusters),
         "groups": score_groups(statements, y_true, y_pred),
         "speaker": speaker_ablation(classifier, statements, y_true, y_pred, clusters) if ablation else {},
-        "abstention": _abstention(classifier.meta, probabilities, y_true, y_pred, scored, abstain_at),
+        "abstention": _abstention(classifier, probabilities, y_true, y_pred, scored, abstain_at),
     }
     report |= {name: part for name, part in optional.items() if part}
     report["predictions"] = _prediction_rows(statements, members, y_true, y_pred, probabilities, scored)
@@ -134,28 +132,18 @@ def evaluate(
 
 
 def _abstention(
-    meta: Mapping[str, Any],
+    classifier: Classifier,
     probabilities: Mapping[str, Any],
     y_true: IntArray,
     y_pred: IntArray,
     scored: Sequence[Task],
     wished: float | None,
 ) -> dict[str, Any]:
-    table = meta.get("abstention", {}).get(STANCE_TASK.name)
-    if not table or scored[0] != STANCE_TASK:
-        if wished is not None:
-            raise UsageError(
-                "--abstain-at: must be asked of a model with thresholds for the overall stance; this one has none - "
-                "train it again"
-            )
-        return {}
     if wished is not None:
-        reached = [accuracy for accuracy, _ in table if accuracy >= wished]
-        if not reached:
-            raise UsageError(
-                f"--abstain-at: must be an accuracy that validation reached, {table[-1][0]:.2f} or less; got {wished}"
-            )
-        wished = reached[0]
+        wished, _ = classifier.abstention(wished)
+    table = classifier.meta.get("abstention", {}).get(STANCE_TASK.name)
+    if not table or scored[0] != STANCE_TASK:
+        return {}
     confidence = confidences(probabilities[STANCE_TASK.name], y_pred[:, 0])
     rows = abstention_table(table, confidence, y_true[:, 0], y_pred[:, 0])
     return {"task": STANCE_TASK.name, "wished": wished, "table": rows}
@@ -283,20 +271,6 @@ def human_scores(
         entry |= {name: agreed["tasks"][task.name][name] for name in ("alpha", "kappa")}
         result["tasks"][task.name] = entry
     return result
-
-
-def seed_scores(reports: Sequence[Mapping[str, Any]], folders: Sequence[str]) -> dict[str, Any]:
-    """Return mean, sample standard deviation and values of the headline figures over several seeds."""
-    result: dict[str, Any] = {}
-    for task, first in reports[0]["scores"].items():
-        entry = {}
-        for figure in ("macro_f1", "accuracy", "mcc", "f_avg"):
-            values = [r["scores"][task].get(figure) for r in reports]
-            if figure in first and None not in values:
-                stdev = statistics.stdev(values) if len(values) > 1 else None
-                entry[figure] = {"mean": statistics.mean(values), "stdev": stdev, "values": values}
-        result[task] = entry
-    return {"folders": list(folders), "scores": result}
 
 
 def table(scores: Mapping[str, Any], baselines: Mapping[str, Any] | None = None) -> str:

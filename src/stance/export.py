@@ -1,23 +1,23 @@
 """A checkpoint as others load it: a stock transformers folder, ONNX, OpenVINO.
 
 Every export is compared with the fp32 checkpoint before it gets its name (:mod:`stance.gate`). It is
-written into a hidden folder beside the target and renamed when it is whole, so a failed export leaves
-nothing, and the same model gives the same bytes every time.
+written into a hidden folder beside the target, which takes its place when it is whole, so a failed export
+leaves nothing, an earlier one stands until then, and the same model gives the same bytes every time.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stance.atomic import NewFolder, replacing, why_unwritten
 from stance.checkpoint import (
     MANIFEST,
     STANCE_FILE,
@@ -113,34 +113,50 @@ def export(
         raise UsageError(f"--format: must be one of {', '.join(FORMATS)}; got {format!r}")
     int8 = int8 and format == "onnx"
     needs(format)
-    _check_target(model, output, force=force)
-    source = _load(model, task, validation, log)
-    if int8 and not source.evidence.validation:
-        raise UsageError(
-            "--int8: needs annotated validation rows, to see what it costs; got none - give them with "
-            "--validation FILES, or export with --no-int8"
-        )
-    log(f"comparing on {len(source.evidence.y_true):,} validation rows and random batches")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    _check_name(model, output)
+    with _failures_told(output):
+        new = NewFolder(output)
     try:
-        staging.chmod(0o755)
-        _WRITERS[format](source, staging, int8, log)
-        _write_common(source, staging, format, log)
-        check_model_folder(staging)
-        _put_in_place(staging, output)
-    except OSError as error:
-        raise ExportError(
-            f"{output}: writing failed: {error.strerror or error} - free space or choose another folder"
-        ) from error
+        _check_target(output, force=force)
+        source = _load(model, task, validation, log)
+        if int8 and not source.evidence.validation:
+            raise UsageError(
+                "--int8: needs annotated validation rows, to see what it costs; got none - give them with "
+                "--validation FILES, or export with --no-int8"
+            )
+        log(f"comparing on {len(source.evidence.y_true):,} validation rows and random batches")
+        with _failures_told(output):
+            _WRITERS[format](source, new.path, int8, log)
+            _write_common(source, new.path, format, log)
+            check_model_folder(new.path)
+            new.commit()
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        new.close()
     return ExportResult(output, source.findings)
 
 
-def _check_target(model: Path, output: Path, *, force: bool) -> None:
+@contextmanager
+def _failures_told(output: Path) -> Iterator[None]:
+    """Tell what could not be written, whatever kind of error a library has for it."""
+    try:
+        yield
+    except StanceError:
+        raise
+    except Exception as error:
+        reason = why_unwritten(error)
+        if reason is None:
+            raise
+        raise ExportError(
+            f"{output}: writing failed: {reason} - free space or choose another folder"
+        ) from error
+
+
+def _check_name(model: Path, output: Path) -> None:
     if not output.name or output.resolve() in (model.resolve(), *model.resolve().parents):
         raise UsageError(f"{output}: must be another folder than the model's - choose another name")
+
+
+def _check_target(output: Path, *, force: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not force:
@@ -413,14 +429,13 @@ def _write_common(source: _Source, folder: Path, format: str, log: Log) -> None:
     write_json(folder / STANCE_FILE, meta)
     beside = Export(format, source.findings, source.temperature)
     card = model_card("stance", meta, _report(source.folder, log), beside)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    with replacing(folder / CARD) as handle:
+        handle.write(card.encode())
     for place in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
         for path in place.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors are written 0600
     # Without the card: it may be edited, and no model needs it.
     write_manifest(folder, (n for p in folder.rglob("*") if (n := p.relative_to(folder).as_posix()) != CARD))
-    for place in [*(p for p in folder.iterdir() if p.is_dir()), folder]:
-        _sync(place)
 
 
 def _report(folder: Path, log: Log) -> dict[str, Any] | None:
@@ -438,30 +453,6 @@ def _report(folder: Path, log: Log) -> dict[str, Any] | None:
         log(f"{folder}: no figures in the model card, as report/report.json cannot be used: {error}")
         return None
     return report
-
-
-def _put_in_place(staging: Path, output: Path) -> None:
-    """Rename the whole folder; an earlier export stands until then and comes back if that fails."""
-    if not output.exists():
-        os.rename(staging, output)
-    else:
-        aside = staging.with_suffix(".replaced")
-        os.rename(output, aside)
-        try:
-            os.rename(staging, output)
-        except OSError:
-            os.rename(aside, output)
-            raise
-        shutil.rmtree(aside)
-    _sync(output.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- what a folder is, and where it goes ---------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stance.annotations import Statement
-from stance.backends import Backend, is_out_of_memory, open_backend
+from stance.backends import Backend, Candidate, is_out_of_memory, open_backend, reopen_backend
 from stance.checkpoint import MANIFEST, check_model_folder, sha256
 from stance.encoding import PairEncoder, Windows
 from stance.errors import CheckpointError, StanceError, UsageError, first_line
@@ -38,7 +38,7 @@ from stance.labels import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Classifier", "MapFunction", "Prediction", "Predictions", "StatementLike", "load"]
+__all__ = ["Classifier", "MapFunction", "Prediction", "Predictions", "StatementLike", "load", "reload"]
 
 StatementLike = str | tuple[str, str] | Mapping[str, Any] | Statement
 
@@ -154,13 +154,25 @@ def load(
     folder = _local_folder(path)
     meta, tasks = check_model_folder(folder)
     opened = open_backend(folder, meta, backend=backend, device=device, exact=exact, rows=rows, log=log)
-    encoder = PairEncoder.of(folder, meta)
-    origin = (str(folder), device, backend, exact, rows)
-    return Classifier(opened, encoder, tasks, meta, origin)
+    return Classifier(opened, PairEncoder.of(folder, meta), tasks, meta, folder)
 
 
-def _reload(folder: str, device: str, backend: str, exact: bool, rows: int | None) -> Classifier:
-    return load(folder, device=device, backend=backend, exact=exact, rows=rows)
+def reload(folder: str | Path, candidate: Candidate, device: str) -> Classifier:
+    """Load a model as it was loaded in another process: the same backend in the same precision.
+
+    Args:
+        folder: the folder of a finished run or of an export.
+        candidate: ``classifier.backend.candidate`` of that process.
+        device: its ``classifier.backend.device``.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or unsafe, or the backend cannot be used here.
+        UsageError: the backend's library is not installed here.
+    """
+    path = _local_folder(folder)
+    meta, tasks = check_model_folder(path)
+    opened = reopen_backend(path, meta, candidate, device)
+    return Classifier(opened, PairEncoder.of(path, meta), tasks, meta, path)
 
 
 def _local_folder(path: str | Path) -> Path:
@@ -225,12 +237,15 @@ class Prepared:
 
 
 class Classifier:
-    """A loaded model. Make one with :func:`load`; use it from any thread; pickled, it names its folder.
+    """A loaded model. Make one with :func:`load`; use it from any thread.
+
+    Pickled, it names its folder and backend, and is loaded from there where it is unpickled.
 
     Attributes:
         tasks: what the model answers, in order.
         meta: the contents of the folder's ``stance.json``.
         backend: what computes the logits.
+        folder: the model's folder on this machine.
     """
 
     def __init__(
@@ -239,29 +254,24 @@ class Classifier:
         encoder: PairEncoder,
         tasks: Sequence[Task],
         meta: Mapping[str, Any],
-        origin: tuple[str, str, str, bool, int | None],
+        folder: Path,
     ):
         self.backend = backend
         self.tasks = tuple(tasks)
         self.meta = meta
+        self.folder = folder
         self._encoder = encoder
-        self._origin = origin
         temperatures = meta.get("temperatures") or {}
         self._temperatures = [float(temperatures.get(t.name, 1.0)) for t in self.tasks]
         if not all(0 < t < np.inf for t in self._temperatures):
-            raise CheckpointError(f"{origin[0]}: temperatures must be more than 0; got {temperatures}")
+            raise CheckpointError(f"{folder}: temperatures must be more than 0; got {temperatures}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, self._origin
+        return reload, (str(self.folder), self.backend.candidate, self.backend.device)
 
     def __repr__(self) -> str:
         names = ", ".join(t.name for t in self.tasks)
-        return f"Classifier({self._origin[0]!r}: {names}; {self.backend.name} {self.backend.precision})"
-
-    @property
-    def folder(self) -> Path:
-        """The model's folder on this machine."""
-        return Path(self._origin[0])
+        return f"Classifier({str(self.folder)!r}: {names}; {self.backend.name} {self.backend.precision})"
 
     def predict(self, statements: Iterable[StatementLike], *, batch_size: int | None = None) -> Predictions:
         """Return one prediction a statement, in order: a list that notebooks show as a table.
@@ -385,8 +395,11 @@ class Classifier:
                     columns[f"{task.name}_{label}"] = np.round(probabilities[task.name][:, i], 6)
         return {prefix + name: values for name, values in columns.items()}
 
-    def abstention_threshold(self, accuracy: float) -> float:
-        """Return the ``stance_score`` from which on the stance was right this often on validation data.
+    def abstention(self, accuracy: float) -> tuple[float, float]:
+        """Return the accuracy that abstaining reached, and the ``stance_score`` from which on it did.
+
+        Args:
+            accuracy: of the stance on validation data, from 0 to 1; the next that was reached is taken.
 
         Raises:
             UsageError: the model was not calibrated, or did not reach the accuracy.
@@ -395,10 +408,14 @@ class Classifier:
         reached = sorted((float(a), float(t)) for a, t in points)
         for value, threshold in reached:
             if value >= accuracy - 1e-9:
-                return threshold
-        best = f"at most {reached[-1][0]} was reached on validation" if reached else "the model has none"
+                return value, threshold
+        if not reached:
+            raise UsageError(
+                "--abstain-at: must be asked of a model with thresholds for the overall stance; this one has none - "
+                "train it again"
+            )
         raise UsageError(
-            f"abstain-at must be an accuracy that the model can reach by abstaining; got {accuracy}; {best}"
+            f"--abstain-at: must be an accuracy that validation reached, {reached[-1][0]:.2f} or less; got {accuracy}"
         )
 
     # --- the way of a statement: prepare (tokens, batches), score (model, probabilities) ---
@@ -447,11 +464,11 @@ class Classifier:
                 raise
             except Exception as error:  # each runtime has its own kinds
                 raise CheckpointError(
-                    f"{self._origin[0]}: the model cannot be run: {first_line(error)} - export or train again"
+                    f"{self.folder}: the model cannot be run: {first_line(error)} - export or train again"
                 ) from error
             if values.shape != (len(chosen), width):  # numpy would stretch one column over all labels
                 raise CheckpointError(
-                    f"{self._origin[0]}: the model must give [{len(chosen)}, {width}] logits; got "
+                    f"{self.folder}: the model must give [{len(chosen)}, {width}] logits; got "
                     f"{list(values.shape)} - export or train again"
                 )
             return values
@@ -466,7 +483,7 @@ class Classifier:
                     logits[chosen] = values
         if not np.isfinite(logits).all():
             raise StanceError(
-                f"{self._origin[0]}: the model gives numbers that are not finite - take --exact, or train again"
+                f"{self.folder}: the model gives numbers that are not finite - take --exact, or train again"
             )
         return logits
 

@@ -5,6 +5,7 @@ Label ids are positions in a task's labels; rows without a label (``NOT_ANNOTATE
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate_metric",
     "f_avg",
     "figures_of_confusion",
+    "figures_over",
     "mean_macro_f1",
     "scored_tasks",
     "scores",
@@ -193,6 +195,24 @@ def mean_macro_f1(result: Mapping[str, Any], tasks: Sequence[Task]) -> float:
     """Return the mean macro-F1 over the tasks that have annotated rows; 0 if none has."""
     values = [result[t.name]["macro_f1"] for t in tasks if result[t.name]["macro_f1"] is not None]
     return float(np.mean(values)) if values else 0.0
+
+
+def figures_over(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean, sample standard deviation and values of the headline figures over seeds or folds.
+
+    Args:
+        runs: each ``{task: scores}``. A figure that a run lacks is None among the values and does not count.
+    """
+    result: dict[str, Any] = {}
+    for task, first in runs[0].items():
+        result[task] = {}
+        for figure in ("macro_f1", "accuracy", "mcc", "f_avg"):
+            values = [run[task].get(figure) for run in runs]
+            known = [v for v in values if v is not None]
+            if figure in first and known:
+                stdev = statistics.stdev(known) if len(known) > 1 else None
+                result[task][figure] = {"mean": statistics.mean(known), "stdev": stdev, "values": values}
+    return result
 
 
 def evaluate_metric(task: Task) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
+from stance import hardware
 from stance.errors import CheckpointError, first_line
 from stance.labels import NOT_ANNOTATED, Task
 from stance.template import segments
@@ -335,11 +335,15 @@ class MultiTaskLoss:
         """Return the loss; logits [batch, labels of all tasks], ``labels`` [batch, tasks]."""
         logits = outputs["logits"].float()
         total = logits.new_zeros(())
+        # Once: a copy to the GPU in every step would wait for it.
+        self.weights = [
+            w if w is None or w.device == logits.device else w.to(logits.device) for w in self.weights
+        ]
         for column, (part, weight) in enumerate(zip(self.slices, self.weights, strict=True)):
             total = total + nn.functional.cross_entropy(
                 logits[:, part],
                 labels[:, column],
-                weight=None if weight is None else weight.to(logits.device),
+                weight=weight,
                 ignore_index=NOT_ANNOTATED,
                 reduction="sum",
                 label_smoothing=self.label_smoothing,
@@ -366,7 +370,4 @@ def has_fast_bf16(*, cpu: bool = False) -> bool:
     """
     if torch.cuda.is_available() and not cpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if platform.machine() in ("arm64", "aarch64"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return hardware.has_fast_bf16()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from stance.atomic import replacing
 from stance.checkpoint import STANCE_FILE, read_json
 from stance.labels import DEFAULT_TASKS, SENTIMENT, Task
 from stance.metrics import scored_tasks
@@ -49,7 +50,8 @@ class Export:
 def write_card(folder: Path, report: Mapping[str, Any]) -> None:
     """Write ``README.md`` into a model folder; it is no part of the manifest, as the model does not need it."""
     text = model_card(folder.resolve().name, read_json(folder, STANCE_FILE), report)
-    (folder / CARD).write_text(text, encoding="utf-8")
+    with replacing(folder / CARD) as handle:
+        handle.write(text.encode())
 
 
 def model_card(

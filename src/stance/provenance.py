@@ -8,6 +8,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = [
     "environment",
     "identify",
     "model_identity",
+    "package_versions",
     "seed_folders",
     "statement_key",
     "trained_on",
@@ -79,8 +81,8 @@ def model_identity(folder: Path) -> dict[str, Any]:
     result |= {name: meta.get(name) for name in names}
     if (folder / "run.json").is_file():
         run = read_json(folder, "run.json")
-        kept = ("rows", "epochs", "steps", "precision", "seed", "seconds", "started", "python", "packages",
-                "hardware", "data")  # fmt: skip
+        kept = ("rows", "epochs", "steps", "precision", "seed", "seconds", "started", "processes", "python",
+                "packages", "code", "hardware", "data")  # fmt: skip
         result["training"] = {name: run[name] for name in kept if name in run}
     return result
 
@@ -132,15 +134,18 @@ def identify(
 
 def environment() -> dict[str, Any]:
     """Return the versions and the machine that a report is made with."""
-    packages = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "packages": packages,
+        "packages": package_versions(_PACKAGES),
     }
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

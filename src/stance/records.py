@@ -24,23 +24,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from stance.errors import DataError, UsageError, did_you_mean
+from stance.parquet import decoded_rows, read_batches, row_sizes, text_columns
 
 __all__ = [
     "COMPRESSIONS",
     "FORMATS",
     "BadRow",
+    "Mark",
+    "Place",
     "Record",
     "compression",
     "compressor",
-    "decoded_rows",
     "escape_formula",
     "expand_files",
     "file_format",
     "raw_row",
-    "read_batches",
     "read_records",
     "read_rows",
-    "read_schema",
+    "scan_rows",
     "unescape_formula",
     "write_records",
     "write_rows",
@@ -62,11 +63,15 @@ RAW_LIMIT = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as it stands in a file; ``line`` counts from 1 (for Parquet: the row's number)."""
+    """One row as it stands in a file; ``line`` counts from 1 (for Parquet: the row's number).
+
+    ``size`` is about what the row takes: its characters in a text file, the bytes of its texts in Parquet.
+    """
 
     file: str
     line: int
     data: dict[str, Any]
+    size: int = 0
 
     @property
     def where(self) -> str:
@@ -81,10 +86,28 @@ class BadRow:
     line: int
     reason: str
     raw: str
+    size: int = 0
 
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where reading can begin: so many lines (for Parquet: rows) and so many plain bytes into a file."""
+
+    lines: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A row that was passed without being parsed: its file, where it begins, its ``size``."""
+
+    file: str
+    place: Place
+    size: int
 
 
 def compression(path: str | Path) -> str | None:
@@ -168,30 +191,66 @@ def read_records(path: str | Path, format: str | None = None) -> Iterator[Record
         yield row
 
 
-def read_rows(path: str | Path, format: str | None = None) -> Iterator[Record | BadRow]:
+def read_rows(
+    path: str | Path, format: str | None = None, start: Place | None = None
+) -> Iterator[Record | BadRow]:
     """Yield the rows of a file as :func:`read_records`, and a :class:`BadRow` for each that is broken.
+
+    Args:
+        path, format: see :func:`read_records`.
+        start: begin there, at the place of a :class:`Mark` of the same file.
 
     Raises:
         DataError: the file as a whole cannot be read: a header, a damaged archive, no Parquet.
         UsageError: the format is unknown or the file cannot be opened.
     """
+    name, kind = _named(path, format)
+    if kind == "parquet":
+        yield from _read_parquet(name, start or Place())
+        return
+    with _lines(name) as lines:
+        if kind == "jsonl":
+            yield from _read_jsonl(name, lines, start)
+        elif kind == "text":
+            yield from _read_text(name, lines, start)
+        else:
+            yield from _read_csv(name, lines, "\t" if kind == "tsv" else ",", start)
+
+
+def scan_rows(path: str | Path, format: str | None = None) -> Iterator[Mark]:
+    """Yield a mark for each row that :func:`read_rows` yields, without parsing what need not be; errors alike."""
+    name, kind = _named(path, format)
+    if kind == "parquet":
+        yield from _scan_parquet(name)
+        return
+    with _lines(name) as lines:
+        sizes: Iterator[int]
+        if kind in ("jsonl", "text"):
+            sizes = _scan_lines(lines)
+        else:
+            sizes = (row.size for row in _read_csv(name, lines, "\t" if kind == "tsv" else ",", None))
+        place = Place()
+        for size in sizes:
+            yield Mark(name, place, size)
+            place = lines.place()
+
+
+def _named(path: str | Path, format: str | None) -> tuple[str, str]:
+    """The file's name and format."""
     name = str(path)
     kind = format or ("jsonl" if name == "-" else file_format(name))
     if kind not in FORMATS.values():
         known = sorted(set(FORMATS.values()))
         raise UsageError(f"format must be one of {', '.join(known)}; got {kind!r}{did_you_mean(kind, known)}")
+    return name, kind
+
+
+@contextmanager
+def _lines(name: str) -> Iterator[_Lines]:
+    """Open a text file; errors of the system and of the archive are the package's."""
     try:
-        if kind == "parquet":
-            yield from _read_parquet(name)
-            return
         with _open(name) as handle:
-            lines = _Lines(name, handle)
-            if kind == "jsonl":
-                yield from _read_jsonl(name, lines)
-            elif kind == "text":
-                yield from _read_text(name, lines)
-            else:
-                yield from _read_csv(name, lines, "\t" if kind == "tsv" else ",")
+            yield _Lines(name, handle)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{name}: the compressed file is damaged: {error} - copy it again") from None
     except OSError as error:
@@ -227,19 +286,20 @@ class _Lines:
     """
 
     def __init__(self, name: str, handle: IO[bytes]):
-        self._numbered = enumerate(handle, 1)
-        self._name = name
+        self._handle, self._name = handle, name
         self._problem: tuple[int, str] | None = None
         self._raw: list[str] = []
+        self._offset = 0
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        number, raw = next(self._numbered)
-        self.number = number
-        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        raw = next(self._handle)
+        self.number += 1
+        self._offset += len(raw)
+        encoding = "utf-8-sig" if self.number == 1 else "utf-8"
         problem = None
         try:
             line = raw.decode(encoding)
@@ -249,9 +309,23 @@ class _Lines:
         if "\0" in line:
             problem = problem or "a NUL byte - the file is damaged or not text"
         if problem and self._problem is None:
-            self._problem = (number, problem)
+            self._problem = (self.number, problem)
         self._raw.append(line)
         return line
+
+    def place(self) -> Place:
+        """Return where the next line begins."""
+        return Place(self.number, self._offset)
+
+    def skip_to(self, place: Place) -> None:
+        """Go on at a place further on; the bytes of an archive between are unpacked for it."""
+        missing = place.offset - self._offset
+        if self._handle.seekable():
+            self._handle.seek(place.offset)
+        else:
+            while missing > 0 and (read := len(self._handle.read(min(missing, 1 << 20)))):
+                missing -= read
+        self.number, self._offset = place.lines, place.offset
 
     def take(self) -> tuple[tuple[int, str] | None, list[str]]:
         """Return the first problem (line, reason) and the lines since the last call."""
@@ -261,23 +335,36 @@ class _Lines:
 
     def bad(self, line: int, reason: str, raw: Sequence[str]) -> BadRow:
         """Return a bad row; long ones are cut."""
-        return BadRow(self._name, line, reason, "".join(raw)[:RAW_LIMIT].rstrip("\r\n"))
+        shown = "".join(raw)[:RAW_LIMIT].rstrip("\r\n")
+        return BadRow(self._name, line, reason, shown, sum(map(len, raw)))
 
 
-def _read_text(name: str, lines: _Lines) -> Iterator[Record | BadRow]:
+def _scan_lines(lines: _Lines) -> Iterator[int]:
+    """The sizes of rows of one line each."""
+    for line in lines:
+        problem, _ = lines.take()
+        if problem or line.strip():
+            yield len(line)
+
+
+def _read_text(name: str, lines: _Lines, start: Place | None) -> Iterator[Record | BadRow]:
+    if start:
+        lines.skip_to(start)
     for line in lines:
         problem, raw = lines.take()
         if problem:
             yield lines.bad(*problem, raw)
         elif line.strip():
-            yield Record(name, lines.number, {"text": line.rstrip("\r\n")})
+            yield Record(name, lines.number, {"text": line.rstrip("\r\n")}, len(line))
 
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """What a lone surrogate looks like in JSON (and a whole pair too)."""
 
 
-def _read_jsonl(name: str, lines: _Lines) -> Iterator[Record | BadRow]:
+def _read_jsonl(name: str, lines: _Lines, start: Place | None) -> Iterator[Record | BadRow]:
+    if start:
+        lines.skip_to(start)
     for line in lines:
         problem, raw = lines.take()
         if problem is None and not line.strip():
@@ -296,23 +383,21 @@ def _read_jsonl(name: str, lines: _Lines) -> Iterator[Record | BadRow]:
             else:
                 if not isinstance(data, dict):
                     reason = f"a line must hold a JSON object; got {type(data).__name__}"
-        yield lines.bad(number, reason, raw) if reason else Record(name, number, data)
+        yield lines.bad(number, reason, raw) if reason else Record(name, number, data, len(line))
 
 
-def _read_csv(name: str, lines: _Lines, delimiter: str) -> Iterator[Record | BadRow]:
+def _read_csv(name: str, lines: _Lines, delimiter: str, start: Place | None) -> Iterator[Record | BadRow]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    start = 1
     while True:
-        reason = ""
+        reason, line = "", lines.number + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:  # the reader goes on with the next line
             cells, reason = [], f"not valid CSV: {error} - mend the quotes"
-        line, start = start, reader.line_num + 1
         problem, raw = lines.take()
         if problem:
             line, reason = problem
@@ -322,6 +407,8 @@ def _read_csv(name: str, lines: _Lines, delimiter: str) -> Iterator[Record | Bad
             if reason:
                 raise DataError(f"{name}:{line}: {reason}")
             header = _csv_header(name, line, cells)
+            if start and start.lines > lines.number:
+                lines.skip_to(start)
             continue
         if not reason and len(cells) != len(header):
             reason = (
@@ -331,7 +418,7 @@ def _read_csv(name: str, lines: _Lines, delimiter: str) -> Iterator[Record | Bad
         yield (
             lines.bad(line, reason, raw)
             if reason
-            else Record(name, line, dict(zip(header, cells, strict=True)))
+            else Record(name, line, dict(zip(header, cells, strict=True)), sum(map(len, raw)))
         )
 
 
@@ -343,27 +430,21 @@ def _csv_header(name: str, line: int, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def _read_parquet(name: str) -> Iterator[Record | BadRow]:
-    for start, batch in read_batches(name):
+def _read_parquet(name: str, start: Place) -> Iterator[Record | BadRow]:
+    for number, batch in read_batches(name, start=start.lines):
+        sizes = row_sizes(batch)
         for index, data in enumerate(decoded_rows(batch)):
             if data is None:
-                yield BadRow(name, start + index, NOT_UTF8, raw_row(batch.slice(index, 1)))
+                raw = raw_row(batch.slice(index, 1))
+                yield BadRow(name, number + index, NOT_UTF8, raw, sizes[index])
             else:
-                yield Record(name, start + index, data)
+                yield Record(name, number + index, data, sizes[index])
 
 
-def decoded_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of an Arrow record batch; None for one whose text is not UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:  # before the first row: the list is made as a whole
-        pass
-    for index in range(batch.num_rows):
-        try:
-            yield batch.slice(index, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            yield None
+def _scan_parquet(name: str) -> Iterator[Mark]:
+    for number, batch in read_batches(name, columns=text_columns(name)):
+        for index, size in enumerate(row_sizes(batch)):
+            yield Mark(name, Place(number + index - 1), size)
 
 
 def raw_row(row: Any) -> str:
@@ -377,48 +458,6 @@ def raw_row(row: Any) -> str:
             plain = cell.as_buffer().to_pybytes() if hasattr(cell, "as_buffer") else b"(not UTF-8)"
             shown[name] = plain.decode("utf-8", "backslashreplace")
     return json.dumps(shown, ensure_ascii=False, default=_plain)[:RAW_LIMIT]
-
-
-def read_batches(
-    name: str, columns: Sequence[str] | None = None, rows: int = 256
-) -> Iterator[tuple[int, Any]]:
-    """Yield a Parquet file as Arrow record batches, each with the number of its first row (from 1).
-
-    Raises:
-        DataError: it is no Parquet file, or damaged.
-        UsageError: it cannot be opened.
-    """
-    number = 1
-    with _parquet(name) as file:
-        for batch in file.iter_batches(batch_size=rows, columns=columns):
-            yield number, batch
-            number += batch.num_rows
-
-
-def read_schema(name: str) -> Any:
-    """Return the Arrow schema of a Parquet file; errors as :func:`read_batches`."""
-    with _parquet(name) as file:
-        return file.schema_arrow
-
-
-@contextmanager
-def _parquet(name: str) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open(name, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as file:
-            names = file.schema_arrow.names
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise DataError(f"{name}: columns stand twice: {', '.join(map(repr, twice))} - rename them")
-            yield file
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{name}: not a Parquet file: {error}") from None
-    except OSError as error:
-        if error.errno is None:  # damaged inside
-            raise DataError(f"{name}: the Parquet file is damaged: {error}") from None
-        raise UsageError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def write_records(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stance.atomic import sync_folder
 from stance.errors import DataError, UsageError
 from stance.labels import CONFLICT, DIALOGUE, SENTIMENT, STANCE_TASK, Task
 
@@ -81,8 +82,12 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
         ) from None
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_bytes(page.encode("utf-8", "replace"))  # lone surrogates cannot be written
+        with partial.open("wb") as handle:
+            handle.write(page.encode("utf-8", "replace"))  # lone surrogates cannot be written
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()

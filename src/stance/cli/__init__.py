@@ -22,6 +22,7 @@ from stance.cli.options import say
 from stance.cli.training import train
 from stance.cli.use import export, predict, verify
 from stance.errors import StanceError
+from stance.processes import tells, told
 
 __all__ = ["app", "main"]
 
@@ -40,16 +41,23 @@ _EXPORT_EPILOG = "Exit codes: 0 ok, 1 failed at run time, 2 usage, 3 data, 4 not
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; errors of the package are one message."""
+    """Run the command line and leave with its exit code; errors of the package are one message.
+
+    Of several processes that make one run, the one that fails first prints it.
+    """
     try:
         app(args=arguments, standalone_mode=False)
         sys.stdout.flush()
         code = 0
     except StanceError as error:
-        say(f"stance: {error}")
+        if tells(error):
+            say(f"stance: {error}")
+            told()
         code = error.exit_code
     except KeyboardInterrupt:
-        say("stance: stopped")
+        if tells():
+            say("stance: stopped")
+            told()
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         code = _reader_gone()
@@ -57,19 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gone = isinstance(error.__context__, BrokenPipeError)
         code = _reader_gone() if gone else int(error.code or 0)
     except OSError as error:
-        say(f"stance: {error.filename or 'standard output'}: {error.strerror or error}")
+        if tells():
+            say(f"stance: {error.filename or 'standard output'}: {error.strerror or error}")
+            told()
         code = 1
         if error.filename is None:
             _reader_gone()
     except typer.Abort:
         code = 1
     except Exception as error:
+        first = tells()  # said before the others notice that this process is gone
         if not hasattr(error, "exit_code"):
             raise
         # typer's usage errors, with the message it would print itself
         show = getattr(error, "show", None)
-        if show:
+        if show and first:
             show()
+            told()
         code = error.exit_code
     sys.exit(code)
 

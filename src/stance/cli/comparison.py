@@ -74,10 +74,12 @@ def compare(
     y_pred = [answers(side, statements, tasks, train) for side in sides]
     clusters = make_clusters(statements, cluster)
     result = compare_answers((a, b), y_pred, statements, tasks, clusters)
-    result["trained_on"] = [rows_seen(side, statements, train) for side in sides]
-    for name, seen in zip((a, b), result["trained_on"], strict=True):
-        if seen:
-            say(f"warning: {name} was trained on {seen} of these statements")
+    seen = [rows_seen(side, statements, train) for side in sides]
+    for how, words in (("trained_on", "was trained on"), ("chosen_on", "chose its checkpoint on")):
+        result[how] = [rows[how] for rows in seen]
+        for name, number in zip((a, b), result[how], strict=True):
+            if number:
+                say(f"warning: {name} {words} {number} of these statements")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, result)
@@ -107,7 +109,13 @@ def crossval(
     from stance.config import load_config
     from stance.crossval import cross_validate
     from stance.evaluation import table
+    from stance.processes import launched
 
+    if launched():
+        raise UsageError(
+            "crossval: must be started without torchrun; got one of several processes - start it as often as "
+            "you have GPUs instead, on one folder"
+        )
     result = cross_validate(load_config(config, overrides or []), output, by=by, folds=folds,
                             cluster=cluster, log=say)  # fmt: skip
     if format is TextOrJson.json:

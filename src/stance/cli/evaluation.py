@@ -66,8 +66,9 @@ def evaluate(
     from stance.behaviour import load_suite, run_suite
     from stance.bootstrap import make_clusters
     from stance.evaluation import evaluate as run_evaluation
-    from stance.evaluation import seed_scores, write_report
+    from stance.evaluation import write_report
     from stance.inference import load
+    from stance.metrics import figures_over
     from stance.modelcard import write_card
     from stance.provenance import identify, seed_folders
     from stance.records import expand_files
@@ -93,7 +94,8 @@ def evaluate(
     if seeds:
         others = [run_evaluation(load(s, device=device, exact=True), statements, clusters=clusters, ablation=False)
                   for s in seeds[1:]]  # fmt: skip
-        report["seeds"] = seed_scores([report, *others], [s.name for s in seeds])
+        runs = [r["scores"] for r in (report, *others)]
+        report["seeds"] = {"folders": [s.name for s in seeds], "scores": figures_over(runs)}
     if cases:
         report["behaviour"] = run_suite(classifier, cases)
     if output is not None:

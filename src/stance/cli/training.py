@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,8 +41,12 @@ def train(
         bool, typer.Option(help="Fit the baselines on the same split for the closing table.")
     ] = True,
 ) -> None:
-    """Train a model, evaluate it on the held-out test split and print a short table."""
+    """Train a model, evaluate it on the held-out test split and print a short table.
+
+    On several GPUs or machines: torchrun --nproc-per-node N scripts/train.py CONFIG (docs/distributed.md).
+    """
     from stance.config import load_config
+    from stance.processes import current, leave
 
     if resume and force:
         raise UsageError("--resume and --force exclude each other - choose one")
@@ -51,6 +56,7 @@ def train(
     loaded = load_config(config, changes)
     if seeds == 1:
         _train_one(loaded, resume=resume, force=force, baselines=baselines)
+        leave()
         return
     results = {}
     for seed in range(loaded.training.seed, loaded.training.seed + seeds):
@@ -60,17 +66,34 @@ def train(
                 "output_dir": str(Path(loaded.output_dir) / f"seed-{seed}"),
             }
         )
-        say(f"--- seed {seed} ---")
+        if current().main:
+            say(f"--- seed {seed} ---")
         results[seed] = _train_one(one, resume=resume, force=force, baselines=baselines)
-    _print_seeds(results, Path(loaded.output_dir))
+    current().by_main(lambda: _print_seeds(results, Path(loaded.output_dir)))
+    leave()
 
 
 def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) -> dict[str, Any]:
-    """Train, evaluate on the test split (validation if there is none), print, return the report."""
+    """Train, evaluate on the test split (validation if there is none), print.
+
+    Returns the report, in the main process; in the others nothing.
+    """
+    from stance.processes import current
     from stance.training import train as run_training
 
-    result = run_training(config, resume=resume, force=force, log=say)
-    report = _held_out_report(config, result, baselines=baselines)
+    report: dict[str, Any] = {}
+
+    def close() -> None:
+        report.update(_held_out_report(config, result, baselines=baselines))
+        _print_report(report, result.output_dir)
+
+    with ExitStack() as held:  # other processes are kept out until the report is there too
+        result = run_training(config, resume=resume, force=force, log=say, held=held)
+        current().by_main(close)
+    return report
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
     from stance.evaluation import table
 
     print(f"\n{report['split']} split, {report['n']} statements\n")
@@ -85,8 +108,7 @@ def _train_one(config: Config, *, resume: bool, force: bool, baselines: bool) ->
     if report["examples"]:
         print("\nexamples")
         print("\n".join(f"  {line}" for line in report["examples"]))
-    print(f"\nmodel: {result.output_dir}")
-    return report
+    print(f"\nmodel: {folder}")
 
 
 def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool) -> dict[str, Any]:
@@ -100,6 +122,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.records import expand_files
     from stance.report import write_html
     from stance.training import load_parts
+    from stance.training.record import add_report
 
     folder = result.output_dir / "report"
     stored = _stored_report(result.output_dir, baselines=baselines)
@@ -126,6 +149,7 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     write_report(report, folder)
     write_html(folder)
     write_card(result.output_dir, report)
+    add_report(result.output_dir, report)
     return report
 
 
@@ -139,6 +163,7 @@ def _stored_report(run: Path, *, baselines: bool) -> dict[str, Any] | None:
     from stance.evaluation import SCHEMA
     from stance.modelcard import CARD, write_card
     from stance.report import write_html
+    from stance.training.record import add_report
 
     stored, page = run / "report" / "report.json", run / "report" / "report.html"
     if not stored.is_file() or not stored.with_name("predictions.jsonl").is_file():
@@ -157,15 +182,16 @@ def _stored_report(run: Path, *, baselines: bool) -> dict[str, Any] | None:
         write_html(stored.parent)
     if not (run / CARD).is_file():
         write_card(run, report)
+    add_report(run, report)
     return report
 
 
 def _print_seeds(results: dict[int, dict[str, Any]], folder: Path) -> None:
     from stance.checkpoint import write_json
-    from stance.evaluation import seed_scores
+    from stance.metrics import figures_over
 
     reports = list(results.values())
-    scores = seed_scores(reports, [])["scores"]
+    scores = figures_over([report["scores"] for report in reports])
     print(f"\n{len(reports)} seeds: mean and standard deviation of {reports[0]['split']} figures")
     for task, figures in scores.items():
         print(f"  {task}: {mean_and_deviation(figures)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,13 @@ class Backend(StrEnum):
     torch = "torch"
     onnxruntime = "onnxruntime"
     openvino = "openvino"
+
+
+class Engine(StrEnum):
+    """Where the model works."""
+
+    local = "local"
+    ray = "ray"
 
 
 class OnError(StrEnum):
@@ -95,6 +102,23 @@ def predict(
         int | None, typer.Option(min=1, help="The most statements a batch; default: by tokens.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    engine: Annotated[
+        Engine, typer.Option(help="local: this process; ray: a model in each of many (stance[ray]).")
+    ] = Engine.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The Ray cluster, or auto; default: RAY_ADDRESS, else a Ray on this machine for this run.",
+        ),
+    ] = None,
+    num_actors: Annotated[
+        int | None, typer.Option(min=1, help="Processes with a model each; default: as many as fit.")
+    ] = None,
+    gpus_per_actor: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="The share of a GPU of each; default: 1 where there are GPUs."),
+    ] = None,
     quiet: Annotated[
         bool,
         typer.Option(
@@ -103,11 +127,11 @@ def predict(
     ] = False,
 ) -> None:
     """Label every statement of files; all their columns are kept, the labels are added."""
-    from stance.inference import load
-    from stance.predicting import Options, check_call, expected_rows, predict_files
     from stance.records import expand_files
+    from stance.request import Options, check_call
 
     tell = (lambda line: None) if quiet else say
+    told = say if output == "-" else tell  # there is no rejects file to tell of lost rows
     options = Options(
         text_column=text_column,
         speaker_column=speaker_column,
@@ -123,20 +147,25 @@ def predict(
     )
     paths = expand_files([input])
     check_call(paths, output, options, resume=resume, force=force)
-    classifier = load(
-        model, device=device, backend=backend.value, exact=exact, rows=expected_rows(paths), log=tell
-    )
-    told = say if output == "-" else tell  # there is no rejects file to tell of lost rows
-    summary = predict_files(
-        classifier, paths, output, options, resume=resume, force=force, log=told, show_progress=not quiet
-    )
+    how: dict[str, Any] = {"device": device, "backend": backend.value, "exact": exact}
+    files: dict[str, Any] = {"resume": resume, "force": force, "show_progress": not quiet}
+    if engine is Engine.ray:
+        from stance.cluster import Cluster, predict_on_cluster
+
+        cluster = Cluster(address, num_actors, gpus_per_actor)
+        summary = predict_on_cluster(model, paths, output, options, cluster, **how, **files, log=tell)
+    else:
+        _refuse_alone(address=address, num_actors=num_actors, gpus_per_actor=gpus_per_actor)
+        from stance.inference import load
+        from stance.predicting import predict_files
+        from stance.request import expected_rows
+
+        classifier = load(model, **how, rows=expected_rows(paths), log=tell)
+        summary = predict_files(classifier, paths, output, options, **files, log=told)
     if summary.finished:
         tell(f"{output} is finished already")
     rejected = f", {summary.rejected} rows rejected" if summary.rejected else ""
-    used = classifier.backend
-    (told if rejected else tell)(
-        f"{summary.labelled} statements labelled{rejected} ({used.name} {used.precision} on {used.device})"
-    )
+    (told if rejected else tell)(f"{summary.labelled} statements labelled{rejected} ({summary.backend})")
 
 
 class ExportFormat(StrEnum):
@@ -213,6 +242,13 @@ def verify(
         print(f"  export: {name}, {entry['backend']}, {entry['precision']}")
     for name, size in found["files"].items():
         print(f"  {size:>13,}  {name}")
+
+
+def _refuse_alone(**options: object) -> None:
+    """Refuse options of a cluster where there is none."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: must come with --engine ray - add it, or leave them out")
 
 
 def _shard(text: str) -> tuple[int, int]:

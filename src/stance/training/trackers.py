@@ -1,0 +1,60 @@
+"""Trackers: transformers' own callbacks, told where to write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from stance.errors import ConfigError, did_you_mean
+
+__all__ = ["LOGS", "check_trackers", "tracker_of", "trackers_below"]
+
+LOGS = "logs"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a tracker that is not there."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"training.report_to: {name!r} is not installed or unknown{did_you_mean(name, available)} - "
+                f"install it, or choose of: {', '.join(available) or 'none'}"
+            )
+    local = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("sqlite:")
+    if "mlflow" in names and local and find_spec("sqlalchemy") is None:
+        raise ConfigError(
+            "training.report_to: mlflow needs sqlalchemy to keep a file of its own - pip install 'stance[trackers]', "
+            "or name your server in MLFLOW_TRACKING_URI"
+        )
+
+
+def tracker_of(error: Exception, names: Sequence[str]) -> str | None:
+    """Return the tracker whose library raised an error, if one of these did."""
+    library = type(error).__module__.partition(".")[0]
+    return library if library in names else None
+
+
+@contextmanager
+def trackers_below(folder: Path) -> Iterator[None]:
+    """Let the trackers that keep files keep them in the run's ``logs/``, where the user has named no place.
+
+    Their own defaults are a folder below ``checkpoints/``, which goes when the run is done, and the working
+    directory.
+    """
+    places = {
+        "TENSORBOARD_LOGGING_DIR": str(folder / LOGS),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{(folder / LOGS / 'mlflow.db').absolute()}",
+    }
+    ours = {name: place for name, place in places.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
