@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from measures import encoder_operations, product_rate
+from measures import encoder_operations, machine, peak_of, product_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -75,17 +74,19 @@ def statements(model: Path, number: int) -> list[dict[str, Any]]:
 
 
 def timed(command: list[str]) -> tuple[float, float, str]:
-    """Run a process; return its seconds, its peak memory in MB and what it said."""
+    """Run a process; return its seconds, its peak memory in MB and the last line that it printed."""
     with tempfile.TemporaryFile("w+") as said:
-        start = time.perf_counter()
+        start, peak = time.perf_counter(), 0.0
         process = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
+        while process.poll() is None:
+            peak = max(peak, peak_of(process))
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
         said.seek(0)
-        text = said.read()
-    if status:
+        text = said.read().strip()
+    if process.returncode:
         raise RuntimeError(text[-2000:])
-    return seconds, usage.ru_maxrss / 1024, text.strip().splitlines()[-1] if text.strip() else ""
+    return seconds, peak, text.splitlines()[-1] if text else ""
 
 
 def bare_rate(model: Path, options: list[str], rows: list[dict[str, Any]]) -> float:
@@ -143,49 +144,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
+    parser.add_argument("--onnx", type=Path, help="the model's ONNX export, for the runs with onnxruntime")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--only", nargs="*", default=[*RUNS, "pipeline"], help="which to run")
+    parser.add_argument("--bare", metavar="RUN", help="print the bare rate of one run and end")
     arguments = parser.parse_args()
     rows = statements(arguments.model, arguments.rows)
-    report: dict[str, Any] = {"rows": len(rows), "cores": os.cpu_count(), "runs": {}}
+    if arguments.bare:
+        print(bare_rate(arguments.model, RUNS[arguments.bare], rows))
+        return
+    report: dict[str, Any] = machine() | {"rows": len(rows), "runs": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = folder / "in.jsonl"
+        source, reference = folder / "in.jsonl", folder / "torch fp32.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        base = [
-            sys.executable,
-            "-m",
-            "stance",
-            "predict",
-            str(arguments.model),
-            str(source),
-            "--probabilities",
-        ]
-        reference = folder / "reference.jsonl"
-        timed([*base, "--backend", "torch", "--exact", "-o", str(reference)])
         for run, options in RUNS.items():
-            if run not in arguments.only:
+            if run not in arguments.only and run != "torch fp32":
                 continue
+            model = (arguments.onnx or arguments.model) if run.startswith("onnx") else arguments.model
             output = folder / f"{run}.jsonl"
+            predict = [sys.executable, "-m", "stance", "predict", str(model), str(source), "--probabilities"]
+            bare = [sys.executable, __file__, str(model), "--rows", str(len(rows)), "--bare", run]
             try:
-                seconds, memory, said = timed([*base, *options, "-o", str(output)])
-                bare = bare_rate(arguments.model, options, rows)
-            except (RuntimeError, Exception) as error:
+                seconds, memory, said = timed([*predict, *options, "-o", str(output)])
+                rate = float(timed(bare)[2])
+            except RuntimeError as error:
                 print(f"{run}: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
                 continue
-            entry = {"rate": len(rows) / seconds, "bare_rate": bare, "memory_mb": memory, "said": said}
+            entry = {"rate": len(rows) / seconds, "bare_rate": rate, "memory_mb": memory, "said": said}
             report["runs"][run] = entry | differences(output, reference)
+            print(run, report["runs"][run], file=sys.stderr)
         if "pipeline" in arguments.only:
-            seconds, memory, _ = timed(
-                [
-                    sys.executable,
-                    "-c",
-                    PIPELINE,
-                    str(arguments.model),
-                    str(source),
-                    str(folder / "pipeline.jsonl"),
-                ]
-            )
+            command = [sys.executable, "-c", PIPELINE, str(arguments.model), str(source)]
+            seconds, memory, _ = timed([*command, str(folder / "pipeline.jsonl")])
             report["runs"]["pipeline"] = {"rate": len(rows) / seconds, "memory_mb": memory}
     needed = operations(arguments.model, rows)
     report["limits"] = {

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,8 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+
+from measures import peak_of
 
 WORDS = (
     "the a we they and but not no never will talk meet truce peace war strike shell attack army envoy general "
@@ -39,7 +39,7 @@ def write_input(path: Path, number: int) -> None:
             {
                 "id": pyarrow.array(range(start, start + count), pyarrow.int32()),
                 "speaker": [rng.choice(["the envoy", "General Marok", "", None]) for _ in range(count)],
-                "text": [" ".join(rng.choices(WORDS, k=rng.randint(6, 45))) for _ in range(count)],
+                "text": [" ".join(rng.choices(WORDS, k=rng.randint(4, 16))) for _ in range(count)],
                 "codes": [{"a": [i % 7]} for i in range(count)],
             }
         )
@@ -51,21 +51,22 @@ def write_input(path: Path, number: int) -> None:
 
 def run(command: list[str], state: Path, until: int | None) -> tuple[bool, float]:
     """Run a command, killed once its state tells ``until`` rows; return whether it ended, peak MB."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while until is not None:
-        done, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if done:
-            return status == 0, usage.ru_maxrss / 1024
-        try:
-            rows = json.loads(state.read_text())["progress"]["rows"]
-        except (OSError, ValueError):
-            rows = 0
-        if rows >= until:
-            os.kill(process.pid, signal.SIGKILL)
-            break
+    process, peak = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0.0
+    while process.poll() is None:
+        peak = max(peak, peak_of(process))
+        if until is not None and progress(state) >= until:
+            process.kill()
+            process.wait()
         time.sleep(0.05)
-    _, status, usage = os.wait4(process.pid, 0)
-    return status == 0, usage.ru_maxrss / 1024
+    return process.returncode == 0, peak
+
+
+def progress(state: Path) -> int:
+    """The rows that a run has written safely."""
+    try:
+        return int(json.loads(state.read_text())["progress"]["rows"])
+    except (OSError, ValueError):
+        return 0
 
 
 def main() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         known["gpu"] = torch.cuda.get_device_name(device)
         known["cuda"] = torch.version.cuda
     return known
+
+
+def peak_of(process: subprocess.Popen[Any]) -> float:
+    """Return the most memory in MB that a process has held so far; 0 once it has ended (Linux).
+
+    Of the process alone: ``ru_maxrss`` counts what its parent held when it was forked as well.
+    """
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def wait_for(device: str) -> None:
