@@ -365,6 +365,12 @@ def _refuse_failed(source: _Source, name: str, findings: list[Finding]) -> None:
         )
 
 
+def _worst(findings: Sequence[Finding]) -> str:
+    """The figure that is nearest to its limit, or farthest past it."""
+    worst = max((f for f in findings if f.limit), key=lambda f: f.value / (f.limit or 1))
+    return f"{worst.name} {worst.value:.2g}, at most {worst.limit:.2g}"
+
+
 def _write_int8(source: _Source, name: str, plain: Path, target: Path, log: Log) -> None:
     """Write the first int8 scheme that passes the gate with room to spare, else the last that passes.
 
@@ -384,7 +390,8 @@ def _write_int8(source: _Source, name: str, plain: Path, target: Path, log: Log)
                 kept = scheme, findings
             if has_room(findings):
                 break
-            log(f"{name}: int8, {scheme.name}: {'passes, but only just' if passed else 'not good enough'}")
+            verdict = "passes, but only just" if passed else "not good enough"
+            log(f"{name}: int8, {scheme.name}: {verdict} ({_worst(findings)})")
         if kept is None:
             raise ExportError(
                 f"{name}: differs too much from the model, so nothing is written\n{gate_table(findings)}\n"
