@@ -13,6 +13,7 @@ import numpy as np
 from stance.annotations import Statement
 from stance.dataset import label_ids
 from stance.errors import UsageError, did_you_mean
+from stance.hardware import has_fast_bf16
 from stance.labels import NOT_ANNOTATED, Task
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _fit_predict(name: str, features: tuple[Any, Any], y: IntArray) -> IntArray:
 
 
 def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
-    """Mean-pooled token embeddings of the frozen encoder, shape [lines, width]."""
+    """Mean-pooled token embeddings of the frozen encoder, shape [lines, width]; in bf16 where the processor has it."""
     import torch
 
     from stance.model import load_encoder, load_tokenizer
@@ -98,7 +99,7 @@ def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
     length = int(min(128, tokenizer.model_max_length))
     order = np.argsort([len(line) for line in lines])
     result: NDArray[np.float32] = np.zeros((len(lines), model.config.hidden_size), dtype=np.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
         for start in range(0, len(order), 64):
             rows = order[start : start + 64]
             batch = tokenizer(
@@ -110,5 +111,5 @@ def _embed(lines: Sequence[str], encoder: str) -> NDArray[np.float32]:
             )
             hidden = model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
-            result[rows] = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+            result[rows] = ((hidden.float() * mask).sum(1) / mask.sum(1)).numpy()
     return result
