@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import closing
 
 import pytest
 
@@ -74,6 +76,44 @@ def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch, in_one_step)
         new.close()
         assert (tmp_path / "out" / "file").read_text() == text
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, OSError])
+def test_what_comes_between_two_renames_costs_no_folder(tmp_path, monkeypatch, what):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("earlier")
+    new = NewFolder(tmp_path / "out")
+
+    def strike(folder):
+        monkeypatch.undo()
+        raise what
+
+    monkeypatch.setattr(atomic, "swap", lambda one, other: False)
+    monkeypatch.setattr(atomic, "sync_folder", strike)
+    with pytest.raises(what), closing(new):
+        new.commit()
+    assert (tmp_path / "out" / "file").read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_put_back_now_is_put_back_by_the_next(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("earlier")
+    new, rename = NewFolder(tmp_path / "out"), os.rename
+
+    def once(source, target):
+        if target == tmp_path / "out":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        rename(source, target)
+
+    monkeypatch.setattr(atomic, "swap", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OSError, match="Stale"), closing(new):
+        new.commit()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    NewFolder(tmp_path / "out").close()
+    assert (tmp_path / "out" / "file").read_text() == "earlier"
 
 
 def test_folders_change_places_in_one_step(tmp_path):

@@ -174,8 +174,7 @@ class NewFolder:
         self._aside, self.path = self._work / "old", self._work / "new"
         self._lock = take_lock(self._work / "lock", output)
         try:
-            if self._aside.exists() and not output.exists():
-                os.rename(self._aside, output)
+            self._put_back()
             for left in (self._aside, self.path):
                 if left.exists():
                     shutil.rmtree(left)
@@ -194,16 +193,22 @@ class NewFolder:
         sync_folder(self.output.parent)
 
     def _change_places(self) -> None:
+        """In two steps; what comes between them, an error or Ctrl-C, :meth:`close` mends."""
         os.rename(self.output, self._aside)
         sync_folder(self._work)
-        try:
-            os.rename(self.path, self.output)
-        except OSError:
+        os.rename(self.path, self.output)
+
+    def _put_back(self) -> None:
+        if self._aside.exists() and not self.output.exists():
             os.rename(self._aside, self.output)
-            raise
 
     def close(self) -> None:
-        """Remove what is not needed any more, and let other processes in."""
-        shutil.rmtree(self._work, ignore_errors=True)
-        sync_folder(self.output.parent)
-        os.close(self._lock)
+        """Remove what is not needed any more, and let other processes in; an earlier output without a new one comes back."""
+        try:
+            self._put_back()
+            shutil.rmtree(self._work, ignore_errors=True)
+        except OSError:
+            pass  # it cannot be put back now: it stays aside for the next one to do so
+        finally:
+            sync_folder(self.output.parent)
+            os.close(self._lock)
