@@ -509,6 +509,24 @@ main(["train", sys.argv[2], "--no-baselines"])
 """
 
 
+LOADERS = """
+import os, signal, sys, time, transformers.trainer
+from stance.cli import main
+
+class Stop(transformers.TrainerCallback):
+    def on_init_end(self, args, state, control, **_):
+        args.dataloader_num_workers = 2
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 9:
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(1)  # the loaders have gone by then if they are to go
+
+transformers.trainer.DEFAULT_CALLBACKS.append(Stop)
+main(["train", sys.argv[1], "--no-baselines"])
+"""
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(train_in: Callable[..., Any]) -> Any:
     """A run over 18 steps with a checkpoint every 4, to compare with."""
@@ -564,6 +582,44 @@ def test_no_moment_to_stop_changes_the_result(make_config, tmp_path, step, chang
     assert weights(resumed.output_dir) == weights(whole.output_dir)
 
 
+def test_a_second_sigterm_does_not_abort_what_the_first_asked_for(make_config, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with at_step(3, twice), pytest.raises(Interrupted) as caught:
+        run(make_config())
+    assert caught.value.exit_code == 143
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-3"
+
+
+def test_a_second_ctrl_c_ends_it_at_once(make_config, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with at_step(3, twice), pytest.raises(KeyboardInterrupt):
+        run(make_config())
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0] is None
+
+
+def test_a_sigterm_to_the_whole_group_spares_the_loaders(make_config, tmp_path):
+    """On a GPU other processes pad the batches; Slurm, systemd and launchers signal them too."""
+    path = make_config(training=STEPS)
+    child = subprocess.run(
+        [sys.executable, "-c", LOADERS, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert child.returncode == 143, child.stderr
+    assert "stopped by SIGTERM at step 9 of 18" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-9"
+
+
 def test_a_signal_in_the_last_step_finishes_the_run(make_config):
     path = make_config()
     with at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -600,6 +656,15 @@ def test_damaged_later_checkpoints_do_not_outlive_a_whole_one(make_config, tmp_p
         (folder / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
     interrupt(path, 5, resume=True)
     assert newest_verified(folder)[0].name == "checkpoint-5"
+
+
+def test_a_checkpoint_whose_manifest_was_half_written_is_whole_when_saved_again(make_config, tmp_path):
+    path = make_config(training=STEPS)
+    interrupt(path, 8)
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-8"
+    (newest / "manifest.json").rename(newest / ".manifest.json.partial")
+    interrupt(path, 9, resume=True)
+    assert verify(newest)
 
 
 def test_without_a_whole_checkpoint_it_starts_anew(make_config, tmp_path, uninterrupted):

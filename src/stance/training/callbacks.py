@@ -88,15 +88,16 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
 
 @contextmanager
 def signals(guard: Guard) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end training after the step at hand; a second one ends it at once.
+    """Let SIGTERM and Ctrl-C end training after the step at hand; a second Ctrl-C ends it at once.
 
+    A second SIGTERM does not: many launchers send one to every process, and pass on the one that they get.
     A process that fails beside others is sent SIGTERM by the launcher: it is ending already, and tells why.
     """
 
     def receive(number: int, _: Any) -> None:
-        if guard.received:
+        if guard.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        guard.received = number
+        guard.received = guard.received or number
 
     try:
         old = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}

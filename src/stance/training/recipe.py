@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def build_trainer(
         settings.seed,
         multiple=batch_size * processes.number if processes.number > 1 else 1,
     )
-    collator = DataCollatorWithPadding(tokenizer)
+    collator = _Collator(tokenizer)
     sizes: dict[str, int] = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": eval_batch_size,
@@ -121,6 +122,19 @@ def build_trainer(
     if processes.index:
         set_seed(settings.seed + processes.index)  # other rows, other dropout masks
     return trainer, loss
+
+
+class _Collator(DataCollatorWithPadding):  # type: ignore[misc]
+    """Pads; in a loader beside a GPU it also sees that the loader outlives a SIGTERM to the whole process group.
+
+    Launchers, Slurm and systemd send one. The main process stops by it after the step at hand, for which it needs
+    its loaders; these end with it.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return super().__call__(features)
 
 
 def trains_on_cpu(config: Config) -> bool:
