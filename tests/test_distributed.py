@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, corpus_rows, write_jsonl
 from stance.annotations import Statement
+from stance.checkpoint import verify
 from stance.cli import main
 from stance.config import load_config
 from stance.dataset import tokenise
@@ -182,6 +183,20 @@ transformers.trainer.DEFAULT_CALLBACKS.append(Fail)
 main(["train", *sys.argv[2:], "--no-baselines"])
 """
 
+UNBUILT = """
+import os, sys
+import stance.training.run as run
+from stance.cli import main
+from stance.errors import CheckpointError
+
+def build(*arguments):
+    raise CheckpointError("encoder: is not on this machine")
+
+if os.environ["RANK"] == "1":
+    run.build_trainer = build
+main(["train", *sys.argv[1:], "--no-baselines"])
+"""
+
 STEPS = {"save_steps": 4, "num_train_epochs": 3.0}
 HALVES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, **STEPS}
 NO_DROPOUT = {"classifier_dropout": 0.0}
@@ -323,6 +338,21 @@ def test_a_failure_in_one_process_ends_all_with_one_message(make, tmp_path, how,
     kept = path.with_name(how) / "checkpoints"
     assert names(kept) == {"checkpoint-4"}
     assert weights_of(kept / "checkpoint-4")["classifier.bias"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_force_keeps_the_earlier_run_until_all_processes_can_start(make, tmp_path):
+    """As where the encoder is on the first machine alone."""
+    path = make("kept", num_train_epochs=0.5)
+    folder = run(path).output_dir
+    before = names(folder)
+    script = tmp_path / "unbuilt.py"
+    script.write_text(UNBUILT, encoding="utf-8")
+    done = launch(script, path, "--force")
+    assert done.returncode == 1
+    assert told(done) == ["stance: encoder: is not on this machine"]
+    assert verify(folder)
+    assert names(folder) == before
 
 
 def test_a_launcher_is_refused_where_processes_share_otherwise(monkeypatch, make, capsys):

@@ -202,6 +202,7 @@ def _train(
         sync_folder(folder)
         return TrainingResult(folder, metrics, run)
 
+    processes.any(False)  # raises where another process could not build its trainer
     processes.by_main(start)
     clock.lap("build")
     _run(trainer, loss, config, folder, plan.checkpoint, processes)
