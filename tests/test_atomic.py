@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from stance import atomic
-from stance.atomic import NewFolder, hold, replacing, take_lock
+from stance.atomic import NewFolder, free_lock, hold, replacing, take_lock
 from stance.errors import UsageError
 
 
@@ -52,7 +52,7 @@ def test_a_lock_is_one_processs_and_leaves_nothing(tmp_path):
             take_lock(path, output)
         assert path.exists()
     assert not path.exists()
-    os.close(take_lock(path, output))
+    free_lock(take_lock(path, output))
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
@@ -62,7 +62,32 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
     assert (tmp_path / "lock").exists()
-    os.close(take_lock(tmp_path / "lock", tmp_path))
+    free_lock(take_lock(tmp_path / "lock", tmp_path))
+
+
+def test_the_lock_of_a_killed_process_is_free_though_one_that_it_forked_lives_on(tmp_path):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        take_lock(tmp_path / "lock", tmp_path)
+        if os.fork() == 0:
+            os.close(writer)
+            os.read(reader, 1)  # until the test is done with it
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+    os.close(reader)
+    os.wait()
+    free_lock(take_lock(tmp_path / "lock", tmp_path))
+    os.close(writer)
+
+
+def test_a_forked_process_takes_no_lock_from_its_parent(tmp_path):
+    with hold(tmp_path / "lock", tmp_path):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with pytest.raises(UsageError, match="another process is writing it"):
+            take_lock(tmp_path / "lock", tmp_path)
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])

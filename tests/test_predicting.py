@@ -574,7 +574,7 @@ def test_the_rows_written_are_counted_when_on_error_changes(model, bad, tmp_path
 
 def test_the_name_of_the_work_folder_is_on_the_disk_before_its_state(model, source, tmp_path, monkeypatch):
     synced: list[Path] = []
-    monkeypatch.setattr("stance.parts._sync_folder", synced.append)
+    monkeypatch.setattr("stance.parts.sync_folder", synced.append)
     run(model, source, tmp_path / "out.csv")
     assert synced[0] == tmp_path
 
