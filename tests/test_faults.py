@@ -10,6 +10,32 @@ import pytest
 
 from conftest import ROOT
 
+HANDLES = """
+import os
+from pathlib import Path
+from faulty.processes import run
+
+def handles():
+    return len(os.listdir("/proc/self/fd"))
+
+before = handles()
+assert run(["--version"], Path("/nowhere")).code == 0
+assert handles() == before, handles() - before
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells them")
+def test_a_campaign_of_any_length_needs_no_more_open_files():
+    folders = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLES],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+    )
+    assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
