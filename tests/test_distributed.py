@@ -108,6 +108,16 @@ def test_one_process_needs_no_others(monkeypatch):
     assert not launched()
 
 
+def test_a_number_of_processes_that_is_none_is_one_message(make_config, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(make_config())])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "stance: WORLD_SIZE: must be the number of processes; got 'many'"
+    )
+
+
 def test_before_they_are_connected_one_process_of_a_machine_tells(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -268,6 +278,7 @@ def test_two_processes_train_the_model_that_one_trains(make):
     done = launch("scripts/train.py", path, "--no-baselines", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training on ") == 2  # once a seed
+    assert done.stderr.count("--- seed 42 ---") == 1
     assert done.stderr.count("2 processes, 8 statements each at a time") == 2
     assert done.stdout.count("test split") == 2
     assert done.stdout.count("2 seeds: mean and standard deviation") == 1
