@@ -568,7 +568,7 @@ main(["train", sys.argv[2], "--no-baselines"])
 
 
 LOADERS = """
-import os, signal, sys, time, transformers.trainer
+import os, subprocess, sys, time, transformers.trainer
 from stance.cli import main
 
 class Stop(transformers.TrainerCallback):
@@ -577,7 +577,8 @@ class Stop(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 9:
-            os.killpg(0, signal.SIGTERM)
+            # By another process: loaders take their own parent's otherwise.
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"])
             time.sleep(1)  # the loaders have gone by then if they are to go
 
 transformers.trainer.DEFAULT_CALLBACKS.append(Stop)
