@@ -229,7 +229,8 @@ def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProces
 
 
 def told(result: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in result.stderr.splitlines() if line.startswith("stance: ")]
+    # The bar is another process's: it may stand on the same line.
+    return [line[line.index("stance: ") :] for line in result.stderr.splitlines() if "stance: " in line]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -363,7 +364,7 @@ def test_force_keeps_the_earlier_run_until_all_processes_can_start(make, tmp_pat
     assert done.returncode == 1
     assert told(done) == ["stance: encoder: is not on this machine"]
     assert verify(folder)
-    assert names(folder) == before
+    assert names(folder) - {"checkpoints"} == before  # empty: the stock Trainer of the other process makes it
 
 
 def test_a_launcher_is_refused_where_processes_share_otherwise(monkeypatch, make, capsys):
