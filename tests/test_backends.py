@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from conftest import corpus_rows
-from stance import backends, load
-from stance.backends import TorchBackend, is_out_of_memory, open_backend
+from stance import choosing, converted, load, parity
+from stance.backends import TorchBackend, is_out_of_memory, load_torch, torch_inputs
 from stance.checkpoint import check_model_folder, write_manifest
+from stance.choosing import open_backend
 from stance.encoding import PairEncoder
 from stance.errors import CheckpointError, StanceError, UsageError
 
@@ -42,8 +43,8 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     folder = Path(shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "model"))
-    model = backends._load_torch(folder, "cpu")
-    names = backends._torch_inputs(model)
+    model = load_torch(folder, "cpu")
+    names = torch_inputs(model)
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
@@ -55,7 +56,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
             ).logits
 
-    graph = backends._to_openvino(model)
+    graph = converted.trace(model)
     model.set_attn_implementation("eager")  # traced as sdpa, the mask would be taken for constant
     (folder / "openvino").mkdir()
     openvino.save_model(graph, str(folder / "openvino" / "openvino_model.xml"), compress_to_fp16=False)
@@ -108,20 +109,81 @@ def test_fp32_is_the_same_everywhere(exported, name):
 
 def test_a_run_folder_is_converted_for_openvino_where_that_pays(trained, monkeypatch):
     meta = meta_of(trained)
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: False)
     few = open_backend(trained, meta, device="cpu", rows=10)
-    many = open_backend(trained, meta, device="cpu", rows=backends.ROWS_THAT_PAY)
+    many = open_backend(trained, meta, device="cpu", rows=choosing.ROWS_THAT_PAY)
     assert (few.name, many.name) == ("torch", "openvino")
     for batch in batches(trained):
         assert np.allclose(few.logits(batch), many.logits(batch), atol=1e-5)
 
 
+def graphs(cache: Path) -> list[Path]:
+    return sorted((cache.parent / "openvino").iterdir())
+
+
+def test_a_converted_graph_is_kept_and_read_without_torch(trained, cache):
+    """Converted in one process; the next one does not import torch and gives the very same numbers."""
+    code = f"""
+import sys
+from stance.choosing import open_backend
+from stance.checkpoint import check_model_folder
+from stance.encoding import PairEncoder
+from pathlib import Path
+folder = Path({str(trained)!r})
+meta, _ = check_model_folder(folder)
+opened = open_backend(folder, meta, backend="openvino", device="cpu", exact=True)
+encoder = PairEncoder.of(folder, meta)
+windows = encoder.encode([("the envoy", "", "We will talk."), ("", "", "War.")])
+print(opened.logits(encoder.batch(windows, [0, 1])).tobytes().hex(), "torch" in sys.modules)
+"""
+    said = [subprocess.check_output([sys.executable, "-c", code], text=True).split() for _ in range(2)]
+    assert said[0][0] == said[1][0]
+    assert [torch for _, torch in said] == ["True", "False"]
+    assert len(graphs(cache)) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "unlisted"])
+def test_a_kept_graph_that_is_not_whole_is_made_again(trained, cache, damage):
+    meta = meta_of(trained)
+    options = {"backend": "openvino", "device": "cpu", "exact": True}
+    expected = [open_backend(trained, meta, **options).logits(b) for b in batches(trained)]
+    (place,) = graphs(cache)
+    weights = place / "openvino_model.bin"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        (place / "manifest.json").unlink()
+    opened = open_backend(trained, meta, **options)
+    for batch, values in zip(batches(trained), expected, strict=True):
+        assert np.array_equal(opened.logits(batch), values)
+    assert sorted(p.name for p in place.iterdir()) == [
+        "manifest.json", "openvino_model.bin", "openvino_model.xml",
+    ]  # fmt: skip
+
+
+def test_the_graphs_used_last_are_kept(trained, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(converted, "KEPT", 2)
+    for number in range(3):
+        monkeypatch.setattr("stance.__version__", str(number))
+        open_backend(trained, meta_of(trained), backend="openvino", device="cpu", exact=True)
+    assert len(graphs(cache)) == 2
+
+
+def test_where_nothing_can_be_kept_the_graph_is_converted_each_time(trained, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    opened = open_backend(trained, meta_of(trained), backend="openvino", device="cpu", exact=True)
+    assert opened.name == "openvino"
+
+
 def test_bf16_is_taken_where_the_processor_has_it_and_it_agrees(trained, monkeypatch):
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: True)
     meta = meta_of(trained)
     assert open_backend(trained, meta, device="cpu").precision == "bf16"
     assert open_backend(trained, meta, device="cpu", exact=True).precision == "fp32"
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: False)
     assert open_backend(trained, meta, device="cpu").precision == "fp32"
 
 
@@ -134,8 +196,8 @@ class Wrong(TorchBackend):
 
 
 def test_what_does_not_agree_with_fp32_is_passed_over(trained, monkeypatch, cache):
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
-    monkeypatch.setattr(backends, "TorchBackend", Wrong)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "TorchBackend", Wrong)
     for _ in range(2):  # the second time by the verdict kept
         lines: list[str] = []
         opened = open_backend(trained, meta_of(trained), device="cpu", log=lines.append)
@@ -150,13 +212,13 @@ def test_not_a_number_is_no_agreement(trained, monkeypatch):
         def logits(self, batch):
             return super().logits(batch) * (1.0 if self.precision == "fp32" else np.nan)
 
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
-    monkeypatch.setattr(backends, "TorchBackend", Broken)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "TorchBackend", Broken)
     assert open_backend(trained, meta_of(trained), device="cpu").precision == "fp32"
 
 
 def test_a_damaged_verdict_is_measured_again(trained, monkeypatch, cache):
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: True)
     open_backend(trained, meta_of(trained), device="cpu")
     (verdict,) = cache.iterdir()
     assert json.loads(verdict.read_text()) == {"reason": ""}
@@ -167,17 +229,17 @@ def test_a_damaged_verdict_is_measured_again(trained, monkeypatch, cache):
 
 @pytest.mark.parametrize("change", ["statements", "library", "stance", "gpu"])
 def test_a_verdict_holds_for_what_it_was_measured_with(trained, monkeypatch, cache, change):
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "has_fast_bf16", lambda: True)
     open_backend(trained, meta_of(trained), device="cpu")
     if change == "statements":
-        monkeypatch.setattr(backends, "_WHEN", ("", "On Friday: "))
+        monkeypatch.setattr(parity, "_WHEN", ("", "On Friday: "))
     elif change == "library":
-        plain = backends._version
-        monkeypatch.setattr(backends, "_version", lambda n: "0" if n == "transformers" else plain(n))
+        plain = parity.installed_version
+        monkeypatch.setattr(parity, "installed_version", lambda n: "0" if n == "transformers" else plain(n))
     elif change == "stance":
         monkeypatch.setattr("stance.__version__", "99")
     else:
-        monkeypatch.setattr(backends, "_gpu", lambda device: "another")
+        monkeypatch.setattr(parity, "_gpu", lambda device: "another")
     open_backend(trained, meta_of(trained), device="cpu")
     assert len(list(cache.iterdir())) == 2
 
@@ -195,7 +257,7 @@ def test_the_gate_compares_calibrated_probabilities(trained):
     encoder, meta = PairEncoder(trained, 48), check_model_folder(trained)[0]
     for temperature in (0.5, 4.0):
         at = {**meta, "temperatures": {task["name"]: temperature for task in meta["tasks"]}}
-        flips, difference = backends.parity(Constant(1.0), Constant(2.0), encoder, at)
+        flips, difference = parity.parity(Constant(1.0), Constant(2.0), encoder, at)
         p, q = (np.exp([x / temperature, 0, 0]) for x in (1.0, 2.0))
         assert flips == 0
         assert difference == pytest.approx(np.abs(p / p.sum() - q / q.sum()).mean(), abs=1e-6)
@@ -214,7 +276,7 @@ def test_whatever_a_candidate_raises_the_next_is_tried(exported, monkeypatch):
         def __init__(self, *arguments):
             raise ValueError("no such instruction\nand a long story")
 
-    monkeypatch.setattr(backends, "OpenVinoBackend", Failing)
+    monkeypatch.setattr(choosing, "OpenVinoBackend", Failing)
     lines: list[str] = []
     opened = open_backend(exported, meta_of(exported, **ALL), device="cpu", exact=True, log=lines.append)
     assert opened.name == "onnxruntime"
@@ -235,7 +297,7 @@ def test_an_int8_graph_needs_fp32_to_compare_with(exported, tmp_path):
 
 
 def test_an_export_is_opened_on_the_processor_where_there_is_a_gpu(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "_on_gpu", lambda device: device != "cpu")
+    monkeypatch.setattr(choosing, "_on_gpu", lambda device: device != "cpu")
     bare = Path(shutil.copytree(exported, tmp_path / "bare"))
     (bare / "model.safetensors").unlink()
     meta = meta_of(exported, **ALL)
@@ -275,7 +337,7 @@ def test_what_cannot_be_opened_is_named(trained, options, kind, message):
 
 
 def test_a_backend_that_is_not_installed_is_named(trained, monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(choosing, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="openvino is not installed - pip install openvino"):
         load(trained, backend="openvino", device="cpu")
 
@@ -336,8 +398,8 @@ def test_an_exported_model_answers_without_torch(exported, name):
     code = f"""
 import sys
 from pathlib import Path
-from stance.backends import open_backend
 from stance.checkpoint import check_model_folder
+from stance.choosing import open_backend
 from stance.encoding import PairEncoder
 from stance.inference import Classifier
 folder = Path({str(exported)!r})

@@ -340,12 +340,12 @@ def test_a_pickled_model_is_loaded_from_its_folder(model, rows):
 
 def test_a_pickled_model_keeps_its_backend(trained, rows, monkeypatch):
     """What was chosen is opened again, whatever would be chosen where it is unpickled."""
-    monkeypatch.setattr("stance.backends.has_fast_bf16", lambda: True)
+    monkeypatch.setattr("stance.choosing.has_fast_bf16", lambda: True)
     data = pickle.dumps(load(trained, device="cpu"))
-    monkeypatch.setattr("stance.backends.has_fast_bf16", lambda: False)
+    monkeypatch.setattr("stance.choosing.has_fast_bf16", lambda: False)
     copy = pickle.loads(data)
     assert (copy.backend.name, copy.backend.precision) == ("torch", "bf16")
-    monkeypatch.setattr("stance.backends._Opener.objection", lambda *_: "all labels differ from fp32")
+    monkeypatch.setattr("stance.choosing._Opener.objection", lambda *_: "all labels differ from fp32")
     with pytest.raises(
         CheckpointError, match=r"torch bf16 on cpu was chosen, but not here: all labels differ"
     ):

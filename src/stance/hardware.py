@@ -1,4 +1,4 @@
-"""What the processor can do, told without torch."""
+"""The machine, told without torch: its processor, its libraries, the place for what may be kept between runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cores", "has_fast_bf16", "processor"]
+__all__ = ["cache_folder", "cores", "has_fast_bf16", "installed_version", "processor"]
+
+
+def cache_folder() -> Path:
+    """Return the folder of what only saves time: ``stance`` below ``XDG_CACHE_HOME``, by default ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stance"
+
+
+def installed_version(library: str) -> str:
+    """Return the version of an installed library, without importing it; empty if it is not there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 def has_fast_bf16() -> bool:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stance.annotations import Statement
-from stance.backends import Backend, Candidate, is_out_of_memory, open_backend, reopen_backend
+from stance.backends import Backend, Candidate, is_out_of_memory
 from stance.checkpoint import MANIFEST, check_model_folder, sha256
+from stance.choosing import open_backend, reopen_backend
 from stance.encoding import PairEncoder, Windows
 from stance.errors import CheckpointError, StanceError, UsageError, first_line
 from stance.labels import (
