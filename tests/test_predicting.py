@@ -533,11 +533,11 @@ def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
 
 
 def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, monkeypatch):
-    def killed(path, **options):
+    def killed(path):
         (path / "part-000000").unlink()
         raise Stop
 
-    monkeypatch.setattr("stance.parts.shutil.rmtree", killed)
+    monkeypatch.setattr("stance.parts.remove_locked", killed)
     with pytest.raises(Stop):
         run(model, source, tmp_path / "out.csv")
     monkeypatch.undo()
