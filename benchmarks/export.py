@@ -80,10 +80,11 @@ def timed(folder: Path, rows: list[dict[str, Any]]) -> list[Timed]:
     """Open every file of an export; OpenVINO also in bf16, where the processor multiplies it."""
     from stance.backends import OnnxBackend, OpenVinoBackend, TorchBackend
     from stance.checkpoint import WEIGHTS, check_model_folder
-    from stance.model import has_fast_bf16, load_trained
+    from stance.hardware import has_fast_bf16
+    from stance.model import load_trained
 
     meta, _ = check_model_folder(folder)
-    precisions = ["fp32", "bf16"] if has_fast_bf16(cpu=True) else ["fp32"]
+    precisions = ["fp32", "bf16"] if has_fast_bf16() else ["fp32"]
     opened: list[tuple[str, Any]] = []
     if (folder / WEIGHTS).is_file():
         opened.append((WEIGHTS, TorchBackend(load_trained(folder), "cpu")))

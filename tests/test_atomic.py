@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import closing
 
 import pytest
 
 from stance import atomic
-from stance.atomic import NewFolder, hold, replacing, take_lock
+from stance.atomic import NewFolder, free_lock, hold, replacing, take_lock
 from stance.errors import UsageError
 
 
@@ -50,7 +52,7 @@ def test_a_lock_is_one_processs_and_leaves_nothing(tmp_path):
             take_lock(path, output)
         assert path.exists()
     assert not path.exists()
-    os.close(take_lock(path, output))
+    free_lock(take_lock(path, output))
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
@@ -60,7 +62,32 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)
     assert (tmp_path / "lock").exists()
-    os.close(take_lock(tmp_path / "lock", tmp_path))
+    free_lock(take_lock(tmp_path / "lock", tmp_path))
+
+
+def test_the_lock_of_a_killed_process_is_free_though_one_that_it_forked_lives_on(tmp_path):
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        take_lock(tmp_path / "lock", tmp_path)
+        if os.fork() == 0:
+            os.close(writer)
+            os.read(reader, 1)  # until the test is done with it
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+    os.close(reader)
+    os.wait()
+    free_lock(take_lock(tmp_path / "lock", tmp_path))
+    os.close(writer)
+
+
+def test_a_forked_process_takes_no_lock_from_its_parent(tmp_path):
+    with hold(tmp_path / "lock", tmp_path):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with pytest.raises(UsageError, match="another process is writing it"):
+            take_lock(tmp_path / "lock", tmp_path)
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])
@@ -74,6 +101,44 @@ def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch, in_one_step)
         new.close()
         assert (tmp_path / "out" / "file").read_text() == text
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, OSError])
+def test_what_comes_between_two_renames_costs_no_folder(tmp_path, monkeypatch, what):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("earlier")
+    new = NewFolder(tmp_path / "out")
+
+    def strike(folder):
+        monkeypatch.undo()
+        raise what
+
+    monkeypatch.setattr(atomic, "swap", lambda one, other: False)
+    monkeypatch.setattr(atomic, "sync_folder", strike)
+    with pytest.raises(what), closing(new):
+        new.commit()
+    assert (tmp_path / "out" / "file").read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_put_back_now_is_put_back_by_the_next(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("earlier")
+    new, rename = NewFolder(tmp_path / "out"), os.rename
+
+    def once(source, target):
+        if target == tmp_path / "out":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        rename(source, target)
+
+    monkeypatch.setattr(atomic, "swap", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OSError, match="Stale"), closing(new):
+        new.commit()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    NewFolder(tmp_path / "out").close()
+    assert (tmp_path / "out" / "file").read_text() == "earlier"
 
 
 def test_folders_change_places_in_one_step(tmp_path):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, corpus_rows, write_jsonl
 from stance.annotations import Statement
+from stance.checkpoint import verify
 from stance.cli import main
 from stance.config import load_config
 from stance.dataset import tokenise
@@ -107,6 +108,16 @@ def test_one_process_needs_no_others(monkeypatch):
     assert not launched()
 
 
+def test_a_number_of_processes_that_is_none_is_one_message(make_config, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(make_config())])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "stance: WORLD_SIZE: must be the number of processes; got 'many'"
+    )
+
+
 def test_before_they_are_connected_one_process_of_a_machine_tells(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -182,6 +193,20 @@ transformers.trainer.DEFAULT_CALLBACKS.append(Fail)
 main(["train", *sys.argv[2:], "--no-baselines"])
 """
 
+UNBUILT = """
+import os, sys
+import stance.training.run as run
+from stance.cli import main
+from stance.errors import CheckpointError
+
+def build(*arguments):
+    raise CheckpointError("encoder: is not on this machine")
+
+if os.environ["RANK"] == "1":
+    run.build_trainer = build
+main(["train", *sys.argv[1:], "--no-baselines"])
+"""
+
 STEPS = {"save_steps": 4, "num_train_epochs": 3.0}
 HALVES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, **STEPS}
 NO_DROPOUT = {"classifier_dropout": 0.0}
@@ -204,7 +229,8 @@ def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProces
 
 
 def told(result: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in result.stderr.splitlines() if line.startswith("stance: ")]
+    # The bar is another process's: it may stand on the same line.
+    return [line[line.index("stance: ") :] for line in result.stderr.splitlines() if "stance: " in line]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -253,6 +279,7 @@ def test_two_processes_train_the_model_that_one_trains(make):
     done = launch("scripts/train.py", path, "--no-baselines", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training on ") == 2  # once a seed
+    assert done.stderr.count("--- seed 42 ---") == 1
     assert done.stderr.count("2 processes, 8 statements each at a time") == 2
     assert done.stdout.count("test split") == 2
     assert done.stdout.count("2 seeds: mean and standard deviation") == 1
@@ -323,6 +350,21 @@ def test_a_failure_in_one_process_ends_all_with_one_message(make, tmp_path, how,
     kept = path.with_name(how) / "checkpoints"
     assert names(kept) == {"checkpoint-4"}
     assert weights_of(kept / "checkpoint-4")["classifier.bias"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_force_keeps_the_earlier_run_until_all_processes_can_start(make, tmp_path):
+    """As where the encoder is on the first machine alone."""
+    path = make("kept", num_train_epochs=0.5)
+    folder = run(path).output_dir
+    before = names(folder)
+    script = tmp_path / "unbuilt.py"
+    script.write_text(UNBUILT, encoding="utf-8")
+    done = launch(script, path, "--force")
+    assert done.returncode == 1
+    assert told(done) == ["stance: encoder: is not on this machine"]
+    assert verify(folder)
+    assert names(folder) - {"checkpoints"} == before  # empty: the stock Trainer of the other process makes it
 
 
 def test_a_launcher_is_refused_where_processes_share_otherwise(monkeypatch, make, capsys):

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from conftest import corpus_rows, write_jsonl
 from stance import Classifier, load, predicting
 from stance import source as source_module
+from stance.atomic import hold
 from stance.errors import DataError, StanceError, UsageError
 from stance.parts import WorkFolder
 from stance.predicting import predict_files
@@ -532,11 +533,11 @@ def test_a_finished_run_is_not_done_again(model, source, tmp_path, monkeypatch):
 
 
 def test_a_run_killed_while_it_cleans_up_is_finished(model, source, tmp_path, monkeypatch):
-    def killed(path, **options):
+    def killed(path):
         (path / "part-000000").unlink()
         raise Stop
 
-    monkeypatch.setattr("stance.parts.shutil.rmtree", killed)
+    monkeypatch.setattr("stance.parts.remove_locked", killed)
     with pytest.raises(Stop):
         run(model, source, tmp_path / "out.csv")
     monkeypatch.undo()
@@ -574,7 +575,7 @@ def test_the_rows_written_are_counted_when_on_error_changes(model, bad, tmp_path
 
 def test_the_name_of_the_work_folder_is_on_the_disk_before_its_state(model, source, tmp_path, monkeypatch):
     synced: list[Path] = []
-    monkeypatch.setattr("stance.parts._sync_folder", synced.append)
+    monkeypatch.setattr("stance.parts.sync_folder", synced.append)
     run(model, source, tmp_path / "out.csv")
     assert synced[0] == tmp_path
 
@@ -596,6 +597,18 @@ def test_two_processes_do_not_write_one_output(model, source, tmp_path):
     assert run(model, source, tmp_path / "out.csv").labelled == 100
 
 
+def test_a_run_under_way_is_not_told_as_one_that_was_not_finished(model, source, tmp_path):
+    output = tmp_path / "out.csv"
+    interrupted(model, source, output, 2)
+    with (
+        hold(tmp_path / ".out.csv.stance" / "lock", output),
+        pytest.raises(UsageError, match=r"out\.csv: another process is writing it"),
+    ):
+        check_call([str(source)], str(output), Options())
+    with pytest.raises(UsageError, match="an earlier run was not finished"):
+        check_call([str(source)], str(output), Options())
+
+
 def test_what_another_process_has_just_written_is_not_overwritten(model, source, tmp_path, monkeypatch):
     """It was not there when the call was checked."""
     taken = predicting.identity
@@ -608,6 +621,7 @@ def test_what_another_process_has_just_written_is_not_overwritten(model, source,
     with pytest.raises(UsageError, match=r"out\.csv: another process has just written it"):
         run(model, source, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "theirs"
+    assert beside(tmp_path / "out.csv") == {"in.jsonl", "out.csv"}
     assert run(model, source, tmp_path / "out.csv", force=True).labelled == 100
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -34,6 +35,8 @@ from stance.inference import load
 from stance.labels import DEFAULT_TASKS
 from stance.model import build_model, load_tokenizer
 from stance.training import LengthGroupedRows, load_parts, train
+from stance.training.folder import remove_run
+from stance.training.trackers import tracker_of
 
 torch.set_num_threads(1)  # bit-identical in this process and in the ones started here
 
@@ -401,6 +404,42 @@ def test_mlflow_keeps_its_file_with_the_run(make_config, tmp_path, monkeypatch):
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
+@pytest.mark.slow
+def test_mlflow_notes_that_a_run_failed(make_config, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = names(tmp_path)
+
+    def fail():
+        raise TrainingError("no")
+
+    with at_step(3, fail), pytest.raises(TrainingError):
+        run(make_config(training={"report_to": ["mlflow"]}))
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'run' / 'logs' / 'mlflow.db'}")
+    (found,) = client.search_runs(["0"])
+    assert found.info.status == "FAILED"
+    assert mlflow.active_run() is None  # or it would be ended elsewhere when the process ends
+    assert names(tmp_path) <= before | {"run", "config.yaml"}
+
+
+def test_an_error_that_came_up_in_a_tracker_is_its_own(monkeypatch):
+    """Whatever its type: mlflow lets those of requests through."""
+    namespace = {"__name__": "mlflow.store.rest"}
+    exec("def send(): raise ConnectionResetError(104, 'Connection reset by peer')", namespace)
+    with pytest.raises(ConnectionResetError) as caught:
+        namespace["send"]()
+    assert tracker_of(caught.value, ["tensorboard", "mlflow"]) == "mlflow"
+    assert tracker_of(caught.value, ["wandb"]) is None
+
+
+def test_a_tracker_can_be_left_out_or_added_when_a_run_goes_on(make_config, tmp_path):
+    pytest.importorskip("tensorboard")
+    interrupt(make_config(), 3)
+    result = run(make_config(training={"report_to": ["tensorboard"]}), resume=True)
+    assert [s["from_step"] for s in result.run["sessions"]] == [0, 3]
+
+
 def test_a_failing_tracker_is_one_message(make_config, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///proc/nowhere")
@@ -416,6 +455,25 @@ def test_a_tracker_that_is_not_there_is_named(make_config):
 
 
 # --- the data ------------------------------------------------------------------------------------
+
+
+def test_data_that_changed_while_it_trained_is_not_scored(make_config, corpus, tmp_path, capsys):
+    """Another split of it would have rows in the test part that were trained on."""
+    path = make_config()
+    before = corpus.read_bytes()
+    with (
+        at_step(3, lambda: write_jsonl(corpus, corpus_rows(seed=5))),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        main(["train", str(path), "--no-baselines"])
+    assert stopped.value.code == 2
+    assert "data.files: changed since" in capsys.readouterr().err
+    assert verify(tmp_path / "run")
+    assert not (tmp_path / "run" / "report").exists()
+    corpus.write_bytes(before)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(path), "--no-baselines", "--resume"])
+    assert stopped.value.code == 0
 
 
 def test_a_task_absent_from_validation_is_no_obstacle(make_config, tmp_path):
@@ -509,6 +567,25 @@ main(["train", sys.argv[2], "--no-baselines"])
 """
 
 
+LOADERS = """
+import os, subprocess, sys, time, transformers.trainer
+from stance.cli import main
+
+class Stop(transformers.TrainerCallback):
+    def on_init_end(self, args, state, control, **_):
+        args.dataloader_num_workers = 2
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 9:
+            # By another process: loaders take their own parent's otherwise.
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"])
+            time.sleep(1)  # the loaders have gone by then if they are to go
+
+transformers.trainer.DEFAULT_CALLBACKS.append(Stop)
+main(["train", sys.argv[1], "--no-baselines"])
+"""
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(train_in: Callable[..., Any]) -> Any:
     """A run over 18 steps with a checkpoint every 4, to compare with."""
@@ -564,6 +641,62 @@ def test_no_moment_to_stop_changes_the_result(make_config, tmp_path, step, chang
     assert weights(resumed.output_dir) == weights(whole.output_dir)
 
 
+def test_a_stop_at_an_epochs_end_is_saved_after_its_evaluation(make_config, monkeypatch):
+    """Saved before, and killed while it is evaluated, the run would go on without that evaluation."""
+    done: list[str] = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            done.append("evaluated")
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            done.append("saved")
+
+    monkeypatch.setattr(
+        transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Watch]
+    )
+    interrupt(make_config(), 6)
+    assert done == ["evaluated", "saved"]
+
+
+def test_a_second_sigterm_does_not_abort_what_the_first_asked_for(make_config, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with at_step(3, twice), pytest.raises(Interrupted) as caught:
+        run(make_config())
+    assert caught.value.exit_code == 143
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-3"
+
+
+def test_a_second_ctrl_c_ends_it_at_once(make_config, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with at_step(3, twice), pytest.raises(KeyboardInterrupt):
+        run(make_config())
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0] is None
+
+
+def test_a_sigterm_to_the_whole_group_spares_the_loaders(make_config, tmp_path):
+    """On a GPU other processes pad the batches; Slurm, systemd and launchers signal them too."""
+    path = make_config(training=STEPS)
+    child = subprocess.run(
+        [sys.executable, "-c", LOADERS, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert child.returncode == 143, child.stderr
+    assert "stopped by SIGTERM at step 9 of 18" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-9"
+
+
 def test_a_signal_in_the_last_step_finishes_the_run(make_config):
     path = make_config()
     with at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)):
@@ -600,6 +733,25 @@ def test_damaged_later_checkpoints_do_not_outlive_a_whole_one(make_config, tmp_p
         (folder / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
     interrupt(path, 5, resume=True)
     assert newest_verified(folder)[0].name == "checkpoint-5"
+
+
+def test_half_a_checkpoint_takes_no_whole_ones_place(make_config, tmp_path):
+    """At a rate of 1e-12 the first evaluation stays the best: 4 is kept, beside the newest two whole ones."""
+    path = make_config(training={**STEPS, "learning_rate": 1e-12})
+    interrupt(path, 9)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "checkpoint-9" / "manifest.json").unlink()
+    interrupt(path, 12, resume=True)
+    assert names(folder) == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+
+
+def test_a_checkpoint_whose_manifest_was_half_written_is_whole_when_saved_again(make_config, tmp_path):
+    path = make_config(training=STEPS)
+    interrupt(path, 8)
+    newest = tmp_path / "run" / "checkpoints" / "checkpoint-8"
+    (newest / "manifest.json").rename(newest / ".manifest.json.partial")
+    interrupt(path, 9, resume=True)
+    assert verify(newest)
 
 
 def test_without_a_whole_checkpoint_it_starts_anew(make_config, tmp_path, uninterrupted):
@@ -661,6 +813,15 @@ def test_what_a_kill_at_the_end_left_goes_with_resume(make_config, tmp_path):
         (tmp_path / "run" / name).write_text("")
     run(path, resume=True)
     assert names(tmp_path / "run") == RUN_FILES
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_not_resumed_as_the_new_runs(
+    make_config, tmp_path, monkeypatch
+):
+    interrupt(make_config(), 3)
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    remove_run(tmp_path / "run")
+    assert newest_verified(tmp_path / "run" / "checkpoints")[0] is None
 
 
 def test_a_kill_before_the_run_has_begun_is_in_no_ones_way(make_config, tmp_path):
@@ -824,6 +985,78 @@ def test_poisoned_weights_are_never_saved(make_config, tmp_path, monkeypatch, na
     with pytest.raises(TrainingError, match=r"not finite .*last good checkpoint is kept|not finite"):
         run(make_config(training=STEPS))
     assert newest_verified(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-4"
+
+
+def test_out_of_memory_is_one_message(make_config):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with (
+        at_step(3, run_out),
+        pytest.raises(TrainingError, match=r"out of memory: CUDA .* - lower training.per_"),
+    ):
+        run(make_config())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/d/x"),
+            "writing failed: /d/x: No space left on device",
+        ),
+        (
+            RuntimeError("unable to write to file </torch_12_3>: No space left on device (28)"),
+            "/dev/shm: the shared",
+        ),
+    ],
+    ids=["disk", "shared-memory"],
+)
+def test_what_could_not_be_written_is_told(make_config, error, message):
+    def fail():
+        raise error
+
+    with at_step(3, fail), pytest.raises(TrainingError, match=message):
+        run(make_config())
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(errno.ECONNRESET, "reset"), OSError(errno.EMFILE, "files")]
+)
+def test_other_errors_of_the_system_are_not_told_as_a_full_disk(make_config, error):
+    def fail():
+        raise error
+
+    with at_step(3, fail), pytest.raises(type(error)):
+        run(make_config())
+
+
+def test_a_start_that_fails_is_not_written_into_the_session_before(make_config, tmp_path, monkeypatch):
+    path = make_config(training=STEPS)
+    interrupt(path, 3)
+    before = (tmp_path / "run" / "sessions.json").read_text()
+
+    def build(*arguments):
+        raise TrainingError("no")
+
+    monkeypatch.setattr("stance.training.run.build_trainer", build)
+    with pytest.raises(TrainingError):
+        run(path, resume=True)
+    assert (tmp_path / "run" / "sessions.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [(KeyboardInterrupt(), "KeyboardInterrupt"), (OSError(errno.ENOSPC, "full"), "OSError")],
+)
+def test_whatever_ends_a_session_is_noted(make_config, tmp_path, error, ended):
+    def fail():
+        raise error
+
+    with at_step(3, fail), pytest.raises((KeyboardInterrupt, TrainingError)):
+        run(make_config())
+    (session,) = json.loads((tmp_path / "run" / "sessions.json").read_text())["sessions"]
+    assert session["ended"] == ended
 
 
 @pytest.fixture

@@ -107,7 +107,9 @@ def launch(
 ) -> _Running:
     """Start ``stance ARGUMENTS`` in a forked process, after ``before`` was called there."""
     reader, writer = os.pipe()
-    errors = Path(tempfile.mkstemp(prefix="stance-faults-")[1])
+    handle, name = tempfile.mkstemp(prefix="stance-faults-")
+    os.close(handle)
+    errors = Path(name)
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:

@@ -79,10 +79,13 @@ class Campaign:
 
 @contextmanager
 def losses(tally: Tally, job: Job) -> Iterator[None]:
-    """Keep and tell what is lost."""
+    """Keep and tell what is lost; what is lost before a fault was counted is one tried too."""
+    before = tally.tried
     try:
         yield
     except Lost as loss:
+        if tally.tried == before:
+            tally.count("before a fault struck")
         tally.lost.append(f"{job.name}: {loss}")
         print(f"LOST {job.kind} {job.name}: {loss}", file=sys.stderr, flush=True)
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +22,9 @@ from stance.errors import UsageError, first_line
 __all__ = [
     "NewFolder",
     "clear_partials",
+    "free_lock",
     "hold",
+    "remove_locked",
     "replacing",
     "swap",
     "sync_folder",
@@ -31,8 +34,13 @@ __all__ = [
 
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_SWAP = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_UNWRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
+}  # fmt: skip
 _FULL = ("No space left", "File too large", "Disk quota exceeded")
 _TORCH = ("PytorchStreamWriter", "inline_container")
+_held: set[int] = set()
+"""The locks of this process, by their handles."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -92,7 +100,9 @@ def swap(one: Path, other: Path) -> bool:
 
 
 def take_lock(path: Path, output: Path) -> int:
-    """Take the lock of an output for this process; return the handle, which must be closed to give it back.
+    """Take the lock of an output for this process; return the handle, with which :func:`free_lock` gives it back.
+
+    Processes that this one forks have no part in it, so that it goes with this one, also by a kill.
 
     Args:
         path: the lock's file, made with its folder; it may be removed by the process that holds it.
@@ -102,6 +112,7 @@ def take_lock(path: Path, output: Path) -> int:
         UsageError: another process has it.
         OSError: the file cannot be made.
     """
+    _forget_when_forked()
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -113,8 +124,43 @@ def take_lock(path: Path, output: Path) -> int:
             raise UsageError(f"{output}: another process is writing it - wait, or choose another output")
         with suppress(FileNotFoundError):  # the file may have gone between opening and locking
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                _held.add(handle)
                 return handle
         os.close(handle)
+
+
+def free_lock(handle: int) -> None:
+    """Give a lock back that this process has; without effect in one that was forked from it."""
+    if handle in _held:
+        _held.remove(handle)
+        os.close(handle)
+
+
+@cache
+def _forget_when_forked() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _forget_locks() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+def remove_locked(folder: Path) -> None:
+    """Remove a folder, as far as it can be, whose file ``lock`` this process has taken.
+
+    The lock goes last: until then no other process takes the half of it for its own.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "lock":
+                path.unlink()
+        (folder / "lock").unlink()
+        folder.rmdir()
 
 
 @contextmanager
@@ -127,7 +173,7 @@ def hold(path: Path, output: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         sync_folder(path.parent)
-        os.close(handle)
+        free_lock(handle)
 
 
 def _locked(handle: int) -> bool:
@@ -147,8 +193,11 @@ def _locked(handle: int) -> bool:
 
 def why_unwritten(error: BaseException) -> str | None:
     """Return why a file could not be written, if that is what an error of any library says: many have no type for it."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno not in _UNWRITABLE:  # a connection, too many open files
+            return None
+        reason = error.strerror or str(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
     if any(sign in str(error) for sign in _TORCH):
         return "a file could not be written to its end, as on a full disk"
     return first_line(error) if any(sign in str(error) for sign in _FULL) else None
@@ -174,15 +223,14 @@ class NewFolder:
         self._aside, self.path = self._work / "old", self._work / "new"
         self._lock = take_lock(self._work / "lock", output)
         try:
-            if self._aside.exists() and not output.exists():
-                os.rename(self._aside, output)
+            self._put_back()
             for left in (self._aside, self.path):
                 if left.exists():
                     shutil.rmtree(left)
             self.path.mkdir()
             self.path.chmod(0o755)
         except BaseException:
-            os.close(self._lock)
+            free_lock(self._lock)
             raise
 
     def commit(self) -> None:
@@ -194,16 +242,22 @@ class NewFolder:
         sync_folder(self.output.parent)
 
     def _change_places(self) -> None:
+        """In two steps; what comes between them, an error or Ctrl-C, :meth:`close` mends."""
         os.rename(self.output, self._aside)
         sync_folder(self._work)
-        try:
-            os.rename(self.path, self.output)
-        except OSError:
+        os.rename(self.path, self.output)
+
+    def _put_back(self) -> None:
+        if self._aside.exists() and not self.output.exists():
             os.rename(self._aside, self.output)
-            raise
 
     def close(self) -> None:
-        """Remove what is not needed any more, and let other processes in."""
-        shutil.rmtree(self._work, ignore_errors=True)
-        sync_folder(self.output.parent)
-        os.close(self._lock)
+        """Remove what is not needed any more, and let other processes in; an earlier output without a new one comes back."""
+        try:
+            self._put_back()
+            remove_locked(self._work)
+        except OSError:
+            pass  # it cannot be put back now: it stays aside for the next one to do so
+        finally:
+            sync_folder(self.output.parent)
+            free_lock(self._lock)

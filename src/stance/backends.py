@@ -208,7 +208,7 @@ def load_torch(folder: Path, device: str) -> Any:
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate", "bad_alloc",
-              "bad allocation")  # fmt: skip
+              "bad allocation", "cannot allocate memory")  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:

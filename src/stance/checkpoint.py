@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stance.atomic import replacing, sync_folder
+from stance.atomic import clear_partials, replacing, sync_folder
 from stance.errors import CheckpointError, StanceError
 from stance.labels import Task
 from stance.safety import check_config, check_tokenizer, check_vocabulary, read_json, tensor_shapes
@@ -90,6 +90,7 @@ def write_manifest(folder: Path, files: Iterable[str] | None = None) -> None:
     Names are POSIX paths relative to the folder.
     """
     if files is None:
+        clear_partials(folder)  # a process may have been killed while it wrote the manifest
         files = (p.relative_to(folder).as_posix() for p in folder.rglob("*"))
     names = sorted(files)
     entries = {}

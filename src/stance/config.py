@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,6 +175,12 @@ class Config(_Section):
     def task_list(self) -> tuple[Task, ...]:
         """The tasks as :class:`stance.labels.Task`, in their fixed order."""
         return tuple(Task(t.name, tuple(t.labels)) for t in self.tasks)
+
+    def sha256(self) -> str:
+        """Hash what decides a result: not where it is written, nor who is told of it on the way."""
+        settings = self.model_dump(mode="json", exclude={"output_dir"})
+        settings["training"]["report_to"] = []
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The config with every default written out, as YAML that :func:`load_config` reads."""

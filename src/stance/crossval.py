@@ -8,7 +8,6 @@ the work.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,10 +122,9 @@ def _plan(
     config: Config, statements: Sequence[Statement], assignment: NDArray[np.int64], by: str
 ) -> dict[str, Any]:
     """What must be the same for a cross-validation to be the same one."""
-    settings = config.model_dump(mode="json", exclude={"output_dir"})
     dealt = [f"{statement_key(s)} {fold}" for s, fold in zip(statements, assignment.tolist(), strict=True)]
     return {
-        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": config.sha256(),
         "data": {path: sha256(Path(path)) for path in expand_files(config.data.files)},
         "by": by,
         "folds": int(assignment.max()) + 1,

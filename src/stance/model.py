@@ -32,7 +32,6 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
-from stance import hardware
 from stance.errors import CheckpointError, first_line
 from stance.labels import NOT_ANNOTATED, Task
 from stance.template import segments
@@ -48,7 +47,6 @@ __all__ = [
     "StanceForSequenceClassification",
     "build_model",
     "encode_pairs",
-    "has_fast_bf16",
     "load_encoder",
     "load_tokenizer",
     "load_trained",
@@ -361,13 +359,3 @@ def quiet_transformers() -> None:
     """Keep transformers' own bars and load reports off the terminal."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def has_fast_bf16(*, cpu: bool = False) -> bool:
-    """Whether the GPU (or, with ``cpu``, the processor) multiplies bf16 matrices in hardware.
-
-    That is CUDA from Ampere on, AMX and AVX512-BF16.
-    """
-    if torch.cuda.is_available() and not cpu:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return hardware.has_fast_bf16()

@@ -18,15 +18,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from stance.atomic import sync_folder as _sync_folder
-from stance.atomic import take_lock
+from stance.atomic import free_lock, remove_locked, sync_folder, take_lock
 from stance.checkpoint import write_json
 from stance.errors import StanceError, UsageError
 
@@ -132,6 +130,11 @@ class WorkFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return True
 
+    def check_free(self) -> None:
+        """Raise :class:`UsageError` if another process writes this output."""
+        with suppress(OSError):  # of a disk that cannot be written
+            free_lock(take_lock(self.path / "lock", self.output))
+
     def open(self, identity: Mapping[str, Any], *, resume: bool, force: bool = False) -> Progress:
         """Take the lock and begin, or go on where the state file says.
 
@@ -142,7 +145,7 @@ class WorkFolder:
         self._identity = json.loads(json.dumps(identity))
         try:
             self._lock = take_lock(self.path / "lock", self.output)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise UsageError(
                 f"{self.output}: cannot be written: {error.strerror or error} - choose another place"
@@ -151,6 +154,8 @@ class WorkFolder:
             if resume and self.exists():
                 self.progress = self._stored()
             elif self.output.exists() and not force:
+                if not self.exists():
+                    self.discard()
                 raise UsageError(
                     f"{self.output}: another process has just written it - look at it, or replace it with --force"
                 )
@@ -205,13 +210,13 @@ class WorkFolder:
 
     def commit(self, progress: Progress) -> None:
         """Say that the rows of ``progress`` are done; their part files are on the disk already."""
-        _sync_folder(self.path)
+        sync_folder(self.path)
         self.progress = progress
         self._save()
 
     def _save(self) -> None:
         write_json(self.path / "state.json", {"identity": self._identity, "progress": asdict(self.progress)})
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[IO[bytes]]:
@@ -247,14 +252,14 @@ class WorkFolder:
             rejects_path(self.output).unlink(missing_ok=True)
         write_json(meta_path(self.output), meta)
         os.replace(whole, self.output)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
         self.discard()
 
     def discard(self) -> None:
         """Remove the work folder and give the lock back."""
         self._forget()
-        shutil.rmtree(self.path, ignore_errors=True)
-        _sync_folder(self.output.parent)
+        remove_locked(self.path)
+        sync_folder(self.output.parent)
         self.close()
 
     def _forget(self) -> None:
@@ -263,7 +268,7 @@ class WorkFolder:
             (self.path / "state.json").unlink(missing_ok=True)
         except OSError:
             return  # then the parts cannot be removed either
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def clear(self) -> None:
         """Remove what a run left that was killed when its output was there."""
@@ -275,7 +280,7 @@ class WorkFolder:
     def close(self) -> None:
         """Give the lock back; the work stays for --resume."""
         if self._lock is not None:
-            os.close(self._lock)
+            free_lock(self._lock)
             self._lock = None
 
 

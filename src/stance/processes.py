@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stance.errors import StanceError, TrainingError, first_line
+from stance.errors import StanceError, TrainingError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -153,8 +153,17 @@ def _failed() -> str:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    """Whether a launcher started this process as one of several.
+
+    Raises:
+        UsageError: the launcher's variable holds no number.
+    """
+    number = os.environ.get("WORLD_SIZE") or "1"
+    if not number.isdecimal():
+        raise UsageError(
+            f"WORLD_SIZE: must be the number of processes; got {number!r} - unset it, or start with torchrun"
+        )
+    return int(number) > 1
 
 
 def current() -> Processes:
@@ -209,7 +218,9 @@ def tells(error: BaseException | None = None) -> bool:
         return False
     if _joined is None:
         # Not connected yet: all fail alike, at least on one machine.
-        return not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
+        with suppress(UsageError):
+            return not launched() or os.environ.get("LOCAL_RANK", "0") == "0"
+        return True
     first = _joined.first_to_fail()
     if not first:
         _joined.wait_told()

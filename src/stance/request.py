@@ -80,7 +80,8 @@ def check_call(
     """Refuse what cannot be done before a model is loaded for it.
 
     Raises:
-        UsageError: the output exists, a format is not known, or options exclude each other.
+        UsageError: the output exists or another process writes it, a format is not known, or options exclude
+            each other.
     """
     if resume and force:
         raise UsageError("--resume and --force exclude each other - choose one")
@@ -106,7 +107,9 @@ def check_call(
         return
     if target.exists():
         raise UsageError(f"{output}: exists already - replace it with --force or choose another name")
-    if WorkFolder(target).exists():
+    work = WorkFolder(target)
+    if work.exists():
+        work.check_free()
         raise UsageError(
             f"{output}: an earlier run was not finished - go on with --resume, or begin anew with --force"
         )

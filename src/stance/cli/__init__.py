@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from stance import __version__
+from stance.atomic import why_unwritten
 from stance.cli.comparison import audit_labels, compare, crossval
 from stance.cli.data import agreement, validate
 from stance.cli.evaluation import evaluate, make_report
@@ -22,7 +24,7 @@ from stance.cli.options import say
 from stance.cli.training import train
 from stance.cli.use import export, predict, verify
 from stance.errors import StanceError
-from stance.processes import tells, told
+from stance.processes import current, tells, told
 
 __all__ = ["app", "main"]
 
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _reader_gone() if gone else int(error.code or 0)
     except OSError as error:
         if tells():
-            say(f"stance: {error.filename or 'standard output'}: {error.strerror or error}")
+            written = error.filename or (why_unwritten(error) and "standard output")
+            say(f"stance: {f'{written}: ' if written else ''}{error.strerror or error}")
             told()
         code = 1
         if error.filename is None:
@@ -76,13 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         first = tells()  # said before the others notice that this process is gone
         if not hasattr(error, "exit_code"):
-            raise
+            if current().number == 1:
+                raise
+            if first:
+                traceback.print_exc()
+                told()
         # typer's usage errors, with the message it would print itself
         show = getattr(error, "show", None)
         if show and first:
             show()
             told()
-        code = error.exit_code
+        code = getattr(error, "exit_code", 1)
     sys.exit(code)
 
 

@@ -46,7 +46,7 @@ def train(
     On several GPUs or machines: torchrun --nproc-per-node N scripts/train.py CONFIG (docs/distributed.md).
     """
     from stance.config import load_config
-    from stance.processes import current, leave
+    from stance.processes import current, join, leave
 
     if resume and force:
         raise UsageError("--resume and --force exclude each other - choose one")
@@ -58,6 +58,9 @@ def train(
         _train_one(loaded, resume=resume, force=force, baselines=baselines)
         leave()
         return
+    from stance.training.recipe import trains_on_cpu
+
+    join(cpu=trains_on_cpu(loaded))  # before that every process takes itself for the main one
     results = {}
     for seed in range(loaded.training.seed, loaded.training.seed + seeds):
         one = loaded.model_copy(
@@ -122,12 +125,18 @@ def _held_out_report(config: Config, result: TrainingResult, *, baselines: bool)
     from stance.records import expand_files
     from stance.report import write_html
     from stance.training import load_parts
+    from stance.training.folder import identify_run
     from stance.training.record import add_report
 
     folder = result.output_dir / "report"
     stored = _stored_report(result.output_dir, baselines=baselines)
     if stored is not None:
         return stored
+    if identify_run(config)["data"] != result.run["data"]:
+        raise UsageError(
+            f"data.files: changed since {result.output_dir} was begun, so that rows it was trained on could be scored - "
+            "the model is whole; put the files back and repeat with --resume, or score it with stance evaluate"
+        )
     parts = load_parts(config)
     split = "test" if parts["test"] else "validation"
     classifier = load(result.output_dir, device="cpu" if config.training.use_cpu else "auto", exact=True)

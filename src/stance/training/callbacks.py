@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from stance.checkpoint import MANIFEST, checkpoint_step, write_manifest
 from stance.errors import TrainingError
@@ -38,7 +39,10 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stopping = self.processes.largest(self.received)
         if self.stopping:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            # Where an epoch ends with this step it is evaluated first, then saved; else that evaluation could be lost.
+            if args.save_strategy != SaveStrategy.EPOCH or state.epoch != round(state.epoch):
+                control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # After a stop in mid-epoch the Trainer ends the epoch early: no evaluation belongs there.
@@ -64,7 +68,8 @@ class Guard(TrainerCallback):
         (path / "training_args.bin").unlink(missing_ok=True)
         write_manifest(path)
         # Later ones were passed over as damaged when the run was resumed: none of them may outlive this one.
-        steps = map(checkpoint_step, self.folder.glob("checkpoint-*"))
+        whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{MANIFEST}")]
+        steps = map(checkpoint_step, whole)
         keep = {state.best_global_step, *sorted(s for s in steps if s <= state.global_step)[-2:]}
         for other in self.folder.glob("checkpoint-*"):
             if checkpoint_step(other) not in keep:
@@ -88,15 +93,16 @@ def out_of_patience(state: TrainerState, patience: int | None) -> bool:
 
 @contextmanager
 def signals(guard: Guard) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end training after the step at hand; a second one ends it at once.
+    """Let SIGTERM and Ctrl-C end training after the step at hand; a second Ctrl-C ends it at once.
 
+    A second SIGTERM does not: many launchers send one to every process, and pass on the one that they get.
     A process that fails beside others is sent SIGTERM by the launcher: it is ending already, and tells why.
     """
 
     def receive(number: int, _: Any) -> None:
-        if guard.received:
+        if guard.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        guard.received = number
+        guard.received = guard.received or number
 
     try:
         old = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}

@@ -32,6 +32,8 @@ from stance.errors import CheckpointError, DataError, UsageError
 from stance.labels import CODEBOOK_VERSION, Task, derives_stance
 from stance.provenance import statement_key
 from stance.records import expand_files, write_records
+from stance.training.record import SESSIONS
+from stance.training.trackers import LOGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +46,7 @@ __all__ = [
     "load_parts",
     "lock",
     "prepare_folder",
+    "remove_checkpoints",
     "remove_run",
     "write_inputs",
     "write_model",
@@ -109,9 +112,8 @@ def identify_run(config: Config, parts: dict[str, list[Statement]] | None = None
     Args:
         parts: the statements of each split where they were not divided as the config says.
     """
-    settings = config.model_dump(mode="json", exclude={"output_dir"})
     identity = {
-        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": config.sha256(),
         "data": {path: sha256(Path(path)) for path in expand_files(config.data.files)},
     }
     return identity if parts is None else identity | {"parts_sha256": _parts_sha256(parts)}
@@ -162,7 +164,7 @@ def prepare_folder(
             done = [folder / name for name in (MANIFEST, "metrics.json", "run.json")]
             if all(path.is_file() for path in done):
                 verify(folder)
-                _clear(folder, (CHECKPOINTS, _MODEL_STAGING, "sessions.json"))
+                _clear(folder, (CHECKPOINTS, _MODEL_STAGING, SESSIONS))
                 return read_json(folder, "metrics.json"), read_json(folder, "run.json")
         _clear(folder)
     except OSError as error:
@@ -200,14 +202,26 @@ def remove_run(folder: Path) -> None:
     """Remove what a run writes and nothing else, so that --force cannot eat a home folder."""
     names = {*RUN_FILES, STANCE_FILE, "config.json", "model.safetensors", "README.md"}
     names.remove("identity.json")  # the new run's replaces it, so the folder is a run's at any moment
+    remove_checkpoints(folder)  # before anything else: one that stayed would be resumed as the new run's
     # Half a run has no manifest, a damaged one none that can be read.
     with suppress(CheckpointError, KeyError, TypeError):
         names |= set(read_json(folder, MANIFEST)["files"])
     (folder / MANIFEST).unlink(missing_ok=True)  # first: what is left is no model any more
     for name in names:
         (folder / Path(name).name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, _MODEL_STAGING, "report", "logs"):
+    for name in (_MODEL_STAGING, "report", LOGS):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints. Where files cannot be removed, what stays is no checkpoint any more.
+
+    Raises:
+        OSError: not even that can be done.
+    """
+    for manifest in (folder / CHECKPOINTS).glob(f"*/{MANIFEST}"):
+        manifest.unlink()
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def checkpoint_to_resume(folder: Path, log: Callable[[str], None]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from stance.annotations import Statement
 from stance.config import Config
 from stance.dataset import label_ids, tokenise
 from stance.errors import ConfigError
+from stance.hardware import has_fast_bf16
 from stance.labels import NOT_ANNOTATED, Task
 from stance.metrics import mean_macro_f1, scores_of_all
 from stance.model import (
     MultiTaskLoss,
     build_model,
-    has_fast_bf16,
     load_tokenizer,
     quiet_transformers,
     task_slices,
@@ -92,7 +93,7 @@ def build_trainer(
         settings.seed,
         multiple=batch_size * processes.number if processes.number > 1 else 1,
     )
-    collator = DataCollatorWithPadding(tokenizer)
+    collator = _Collator(tokenizer)
     sizes: dict[str, int] = {
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": eval_batch_size,
@@ -121,6 +122,19 @@ def build_trainer(
     if processes.index:
         set_seed(settings.seed + processes.index)  # other rows, other dropout masks
     return trainer, loss
+
+
+class _Collator(DataCollatorWithPadding):
+    """Pads; in a loader beside a GPU it also sees that the loader outlives a SIGTERM to the whole process group.
+
+    Launchers, Slurm and systemd send one. The main process stops by it after the step at hand, for which it needs
+    its loaders; these end with it.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return super().__call__(features)
 
 
 def trains_on_cpu(config: Config) -> bool:
@@ -179,7 +193,7 @@ def _mask_without_wait(*arguments: Any, **options: Any) -> Any:
 
 def _training_arguments(config: Config, on_cpu: bool, sizes: dict[str, int]) -> TrainingArguments:
     settings = config.training
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_fast_bf16(cpu=on_cpu))
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _has_fast_bf16(on_cpu))
     strategy = (
         {"save_strategy": "epoch", "eval_strategy": "epoch"}
         if settings.save_steps is None
@@ -223,6 +237,11 @@ def _training_arguments(config: Config, on_cpu: bool, sizes: dict[str, int]) -> 
     # With several GPUs the Trainer would multiply the batch (DataParallel): one process, one device.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _has_fast_bf16(on_cpu: bool) -> bool:
+    """Whether what trains multiplies bf16 matrices in hardware: CUDA from Ampere on, AMX, AVX512-BF16."""
+    return has_fast_bf16() if on_cpu else bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _parameter_groups(model: Any, config: Config) -> list[dict[str, Any]]:

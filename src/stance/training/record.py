@@ -20,6 +20,7 @@ from typing import Any
 import stance
 from stance.checkpoint import read_json, write_json
 from stance.errors import CheckpointError
+from stance.hardware import processor
 
 __all__ = [
     "PACKAGES",
@@ -70,7 +71,7 @@ def code_identity() -> dict[str, Any]:
     """Return the hash of the package's own code and, in a git checkout, its commit.
 
     ``{"sha256", "commit", "changed"}``; ``commit`` is None outside a checkout, ``changed`` tells whether
-    the package's files differ from the commit.
+    the package's files differ from the commit, None where git does not say.
     """
     folder = Path(stance.__file__).parent
     digest = hashlib.sha256()
@@ -78,7 +79,8 @@ def code_identity() -> dict[str, Any]:
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     tracked = _git(folder, "ls-files", "--error-unmatch", "__init__.py")
     commit = _git(folder, "rev-parse", "HEAD") if tracked else None
-    changed = bool(_git(folder, "status", "--porcelain", "--", ".")) if commit else None
+    status = _git(folder, "status", "--porcelain", "--", ".") if commit else None
+    changed = None if status is None else bool(status)  # git may not answer in time
     return {"sha256": digest.hexdigest(), "commit": commit, "changed": changed}
 
 
@@ -99,7 +101,7 @@ def hardware(device: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor().split("\n")[0] or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
@@ -111,14 +113,6 @@ def hardware(device: Any) -> dict[str, Any]:
         found["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

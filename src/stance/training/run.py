@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from stance import __version__
 from stance.annotations import Statement
 from stance.atomic import sync_folder, why_unwritten
+from stance.backends import is_out_of_memory
 from stance.calibration import fit_calibration
 from stance.checkpoint import checkpoint_step, verify, write_json
 from stance.config import Config
@@ -89,7 +89,7 @@ def train(
         ConfigError: so many processes cannot share a step.
         DataError: the annotated files cannot be used.
         TrainingError: a loss or weight is not finite, the disk is full, or another process ended.
-        Interrupted: SIGTERM or Ctrl-C; the state is saved.
+        Interrupted: SIGTERM or Ctrl-C before the last step; the state is saved. After it the run is finished.
     """
     log = log or (lambda line: tqdm.write(line, file=sys.stderr))
     folder = Path(config.output_dir)
@@ -100,35 +100,53 @@ def train(
         if plan.finished:
             return TrainingResult(folder, *plan.finished)
         clock.lap("prepare")
-        try:
-            with trackers_below(folder):
-                return _train(config, folder, plan, processes, force, clock, log)
-        except StanceError as error:
-            if processes.main:
-                with suppress(OSError):
-                    record.end_session(folder, seconds=clock.seconds, ended=_ending(error))
-            raise
-        except Exception as error:
-            if reason := why_unwritten(error):
-                raise _writing_failed(folder, reason) from error
-            if tracker := tracker_of(error, config.training.report_to):
-                raise TrainingError(
-                    f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
-                ) from error
-            raise
+        with _failures_told(config, folder), trackers_below(folder):
+            return _train(config, folder, plan, processes, force, clock, log)
 
 
-def _ending(error: StanceError) -> str:
-    """How a session ended: by which signal or kind of error."""
-    return (
-        signal.Signals(error.exit_code - 128).name if isinstance(error, Interrupted) else type(error).__name__
-    )
+@contextmanager
+def _failures_told(config: Config, folder: Path) -> Iterator[None]:
+    """Tell in one message what other libraries' errors mean for a run."""
+    try:
+        yield
+    except StanceError:
+        raise
+    except Exception as error:
+        if tracker := tracker_of(error, config.training.report_to):
+            raise TrainingError(
+                f"training.report_to: {tracker} failed: {first_line(error)} - mend it, or leave it out"
+            ) from error
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"{folder}: out of memory: {first_line(error)} - lower training.per_device_train_batch_size and raise "
+                "gradient_accumulation_steps by as much, or set training.gradient_checkpointing"
+            ) from error
+        if "</torch_" in str(error):  # how torch names what it shares with its loaders
+            raise TrainingError(
+                "/dev/shm: the shared memory is full, through which batches come - give the container more of it, "
+                "as by docker run --shm-size 1g, then go on with --resume"
+            ) from error
+        if reason := why_unwritten(error):
+            raise TrainingError(
+                f"{folder}: writing failed: {reason} - free space, then go on with --resume"
+            ) from error
+        raise
 
 
-def _writing_failed(folder: Path, reason: str) -> TrainingError:
-    return TrainingError(
-        f"{folder}: writing failed: {reason} - free space or choose another output_dir, then go on with --resume"
-    )
+@contextmanager
+def _session(folder: Path, processes: Processes, clock: record.Clock) -> Iterator[None]:
+    """Note how a session that was begun ends, if not by finishing the run: by which signal or kind of error."""
+    try:
+        with processes.connection():
+            yield
+    except BaseException as error:
+        ended = type(error).__name__
+        if isinstance(error, Interrupted):
+            ended = signal.Signals(error.exit_code - 128).name
+        if processes.main:
+            with suppress(OSError):
+                record.end_session(folder, seconds=clock.seconds, ended=ended)
+        raise
 
 
 def _plan(
@@ -168,6 +186,8 @@ def _train(
     clock: record.Clock,
     log: Callable[[str], None],
 ) -> TrainingResult:
+    if not trains_on_cpu(config):
+        torch.cuda.reset_peak_memory_stats()  # several runs of a process have each their own
     trainer, loss = build_trainer(config, plan.parts, processes)
 
     def start() -> None:
@@ -198,14 +218,17 @@ def _train(
         run = _run_record(config, folder, plan, trainer, processes, metrics, clock)
         write_json(folder / "run.json", run)
         (folder / record.SESSIONS).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        with suppress(OSError):
+            run_folder.remove_checkpoints(folder)
         sync_folder(folder)
         return TrainingResult(folder, metrics, run)
 
+    processes.any(False)  # raises where another process could not build its trainer
     processes.by_main(start)
     clock.lap("build")
-    _run(trainer, loss, config, folder, plan.checkpoint, processes)
-    return processes.by_main(finish)
+    with _session(folder, processes, clock):
+        _run(trainer, loss, config, folder, plan.checkpoint, processes)
+        return processes.by_main(finish)
 
 
 def _summary(trainer: Trainer, parts: Parts, processes: Processes) -> str:

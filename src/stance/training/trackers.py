@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from stance.errors import ConfigError, did_you_mean
 
@@ -35,9 +38,17 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def tracker_of(error: Exception, names: Sequence[str]) -> str | None:
-    """Return the tracker whose library raised an error, if one of these did."""
-    library = type(error).__module__.partition(".")[0]
-    return library if library in names else None
+    """Return the tracker in whose library an error came up, if in one of these: its type may be another's."""
+    modules = [type(error).__module__]
+    modules += [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = {part for module in modules for part in module.split(".")}  # tensorboard's writer is torch's
+    return next((name for name in names if name in found), None)
+
+
+def _mlflow_run() -> Any:
+    """The run that mlflow has under way, if it is in use at all."""
+    mlflow = sys.modules.get("mlflow")
+    return mlflow.active_run() if mlflow is not None else None
 
 
 @contextmanager
@@ -53,8 +64,15 @@ def trackers_below(folder: Path) -> Iterator[None]:
     }
     ours = {name: place for name, place in places.items() if name not in os.environ}
     os.environ |= ours
+    before = _mlflow_run()
     try:
         yield
+    except BaseException:
+        # Else mlflow ends the run at the process's end, as if all were well, and in a file of its own choice.
+        if before is None and _mlflow_run() is not None:
+            with suppress(Exception):
+                sys.modules["mlflow"].end_run("FAILED")
+        raise
     finally:
         for name in ours:
             os.environ.pop(name, None)
