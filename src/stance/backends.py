@@ -168,6 +168,8 @@ class OpenVinoBackend:
         self._inputs = [port.get_any_name() for port in self._compiled.inputs]
         _check_inputs(graph if isinstance(graph, Path) else "model", self._inputs)
         self._requests = threading.local()  # a request holds one call's tensors
+        # OpenVINO sets numpy up at the first look at a tensor's data, and hangs where two threads take that at once.
+        _ = openvino.Tensor(np.zeros(1, dtype=np.int64)).data
 
     def logits(self, batch: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """See :class:`Backend`."""
