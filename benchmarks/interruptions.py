@@ -51,7 +51,7 @@ def write_input(path: Path, number: int) -> None:
 
 def run(command: list[str], state: Path, until: int | None) -> tuple[bool, float]:
     """Run a command, killed once its state tells ``until`` rows; return whether it ended, peak MB."""
-    process, peak = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0.0
+    process, peak = subprocess.Popen([*command, "--quiet"]), 0.0
     while process.poll() is None:
         peak = max(peak, peak_of(process))
         if until is not None and progress(state) >= until:
@@ -90,6 +90,8 @@ def main() -> None:
             ended, memory = run([*base, str(output), *(["--resume"] if kills else [])], state, until)
             kills += not ended
             peaks.append(memory)
+        if not ended:
+            sys.exit("the resumed run failed")
         equal = pyarrow.parquet.read_table(output).equals(pyarrow.parquet.read_table(whole))
         same_bytes = output.read_bytes() == whole.read_bytes()
     report = {
